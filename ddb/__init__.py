@@ -1,0 +1,1 @@
+"""ddb: a replicated key/value database in pure standard-library Python."""

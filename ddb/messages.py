@@ -1,0 +1,121 @@
+"""The words that the members of a cluster exchange, and the log keeps.
+
+Theory in four sentences. The replicated log is a sequence of *entries*, numbered from 1; a client's write is
+one entry, and its index is the write's revision. Entries travel and rest in *batches*: all that one leader
+appended in one go, in one term. A batch is never split: not on disk (one record, one checksum), not on the
+network, not by a conflict, not by the commit index. So two logs that share an entry share its whole batch (Raft
+§5.3, Log Matching: one leader per term, one append per index), and all bookkeeping is per batch, however
+many entries it holds.
+
+Everything here is immutable and knows nothing of sockets, files or clocks.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+Command = list[Any]  # one entry as decoded from JSON: ["put", key, value], ["noop"], …
+
+
+class Role(enum.Enum):
+    """What a member is in its term."""
+
+    FOLLOWER = "follower"
+    CANDIDATE = "candidate"
+    LEADER = "leader"
+    LEARNER = "learner"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One member of the cluster as the log's configuration names it."""
+
+    id: str
+    name: str
+    address: str
+    voter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """Who belongs to the cluster. It takes effect where it stands in the log, not when it commits
+    (Raft dissertation §4.1)."""
+
+    cluster: str
+    election: str = "bully"
+    members: tuple[Member, ...] = ()
+    removed: tuple[str, ...] = ()  # ids that may never come back
+
+    @property
+    def voters(self) -> tuple[str, ...]:
+        """The ids of the voters, sorted."""
+        return tuple(sorted(m.id for m in self.members if m.voter))
+
+    def member(self, id: str) -> Member | None:
+        """The member with this `id`, or None."""
+        return next((m for m in self.members if m.id == id), None)
+
+    def with_member(self, member: Member) -> Configuration:
+        """This configuration with `member` added, or put in place of the one with its id."""
+        others = [m for m in self.members if m.id != member.id]
+        members = tuple(sorted([*others, member], key=lambda m: m.id))
+        return Configuration(self.cluster, self.election, members, self.removed)
+
+    def without(self, id: str) -> Configuration:
+        """This configuration without the member `id`, which is remembered as removed."""
+        members = tuple(m for m in self.members if m.id != id)
+        return Configuration(self.cluster, self.election, members, (*self.removed, id))
+
+    def to_json(self) -> dict[str, Any]:
+        """The form that the log and the snapshot keep."""
+        return {
+            "cluster": self.cluster,
+            "election": self.election,
+            "members": [{"id": m.id, "name": m.name, "address": m.address, "voter": m.voter} for m in self.members],
+            "removed": list(self.removed),
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Configuration:
+        """The inverse of `to_json`. Raises KeyError or TypeError where `value` is something else."""
+        members = tuple(Member(m["id"], m["name"], m["address"], m["voter"]) for m in value["members"])
+        return cls(value["cluster"], value["election"], members, tuple(value["removed"]))
+
+
+@dataclass(frozen=True, slots=True)
+class HardState:
+    """What must be on disk before any message that depends on it leaves (Raft §5.1, figure 2).
+
+    `doubt` is True on a member whose log lost a damaged tail: it may have forgotten what it once acknowledged,
+    so its vote is worth nothing until a leader has confirmed its log.
+    """
+
+    term: int = 0
+    vote: str | None = None
+    doubt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The entries `first`..`last` that one leader appended at once in `term`, `at_ms` by its wall clock.
+
+    `data` is the batch's only encoding, a JSON object without a line feed: the log's record holds these bytes, and so does the
+    message that replicates it. `commands` is the same, decoded; it is dropped once applied.
+    """
+
+    first: int
+    last: int
+    term: int
+    data: bytes
+    at_ms: int = 0
+    commands: list[Command] | None = field(default=None, compare=False, repr=False)
+    config: Configuration | None = None
+
+    def __repr__(self) -> str:
+        kind = "config" if self.config else "entries"
+        return f"{kind} {self.first}..{self.last}@{self.term}"
+
+
+NOOP: Final[Command] = ["noop"]
