@@ -1,0 +1,45 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness import Cluster
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Remember on the test that its body failed, so that a fixture can show the servers' logs."""
+    report: Any = yield
+    if report.when == "call" and report.failed:
+        item.stash[failed_key] = True
+    return report
+
+
+failed_key = pytest.StashKey[bool]()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Cluster]]:
+    """Makes started clusters: `three = cluster(3)`, `cluster(5, election="raft")`, `cluster(3, start=False)`.
+
+    All are ended after the test; where it failed, their logs are printed.
+    """
+    made: list[Cluster] = []
+
+    def make(n: int = 3, *, start: bool = True, **options: Any) -> Cluster:
+        directory = tmp_path / f"cluster{len(made)}"
+        directory.mkdir()
+        one = Cluster(directory, n, **options)
+        made.append(one)
+        return one.start() if start else one
+
+    yield make
+    for one in made:
+        if request.node.stash.get(failed_key, False):
+            one.print_logs()
+        one.close()
