@@ -227,7 +227,7 @@ class Server:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __repr__(self) -> str:
-        return f"{self.name} at {self.address or '-'} {'pid %d' % self.pid if self.alive else 'down'}"
+        return f"{self.name} at {self.address or '-'} {f'pid {self.pid}' if self.alive else 'down'}"
 
 
 class RegistryServer(Server):
@@ -332,7 +332,9 @@ class Cluster:
             self.close()
             raise
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self.print_logs()
         self.close()

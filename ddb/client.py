@@ -1,0 +1,705 @@
+"""The Python client: one method for each operation, at whichever node can serve it.
+
+    import ddb
+
+    with ddb.connect("127.0.0.1:8050") as db:
+        db.put("city", "Oslo")
+        print(db.get("city").value)
+
+Laws:
+
+1. A write is never sent twice unless the first attempt *surely* did nothing. An error says which of the two it was:
+   `error.definite` is True where nothing happened and never will, False (`Timeout`, `OutcomeUnknown`) where it may have.
+2. A read is harmless, so it is repeated until its time is up.
+3. Every call ends within its `timeout_s`, and Ctrl-C ends it at once, leaving the client usable.
+4. There is no thread. `close` closes every socket; what a client was told is all that it keeps.
+
+Theory. Any node takes any request, so a client needs one address that works; everything else is speed and patience.
+Speed: a reply that was forwarded names the leader, and the next request goes there directly. Patience: when a server
+does not answer, or answers that it can't serve *now* (`no_leader`, `overloaded`, …), the next one is asked; after a
+round of all, the client sleeps for a random part of a pause that doubles each time (exponential backoff with full
+jitter, so that clients cut off together don't come back together).
+
+What makes law 1 possible is knowing how far a request got. If the kernel never took its last byte, the frame was
+not whole and no server could act on it: nothing happened. If it did, and no reply came, nobody here can know. A server that
+closed the connection while it was idle is noticed before anything is sent.
+
+A client may be shared by threads: one lock makes their calls follow one another. Threads that want to overlap
+their calls take a client each.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Literal
+
+from ddb import wire
+from ddb.errors import BY_CODE, BadRequest, DdbError, Internal, OutcomeUnknown, Timeout, Unreachable
+
+Condition = Mapping[str, Any]
+"""One condition of `if_`: `{"rev": 12}`, `{"key": "a", "exists": False}`, `{"key": "n", "op": "<", "value": 5}`."""
+
+Consistency = Literal["linearizable", "stale"]
+"""How fresh a read is: `linearizable` sees every write acknowledged before it was asked, `stale` is one node's own
+state without a round trip among the nodes."""
+
+TIMEOUT_S: Final = 5.0
+CONNECT_TIMEOUT_S: Final = 1.0
+READ_ATTEMPT_S: Final = 1.0
+BACKOFF_FIRST_S: Final = 0.01
+BACKOFF_MAX_S: Final = 0.5
+REPLY_BYTES_MAX: Final = 1 << 30
+
+REPEATABLE: Final = frozenset({"ping", "status", "members", "log", "snapshot", "get", "scan", "count", "nodes"})
+"""Operations that change nothing (or that may be done twice), so that an unanswered one is simply asked again."""
+
+LOCAL: Final = frozenset({"ping", "status", "log", "snapshot", "nodes"})
+"""Operations about the node that is asked: these don't follow the leader."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A key with its value: `rev` is the revision of its last change, `created` of its creation, `version` counts
+    its changes from 1."""
+
+    key: str
+    value: Any
+    rev: int
+    created: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """What became of a put. Where `applied` is False its condition did not hold, nothing changed, and `found`, `value`
+    and `rev` show the key as it is."""
+
+    rev: int
+    applied: bool = True
+    version: int | None = None
+    found: bool | None = None
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteResult:
+    """What became of a delete: `deleted` is 0 where there was nothing. `applied` and the rest as in PutResult."""
+
+    deleted: int
+    rev: int
+    applied: bool = True
+    found: bool | None = None
+    value: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class IncrResult:
+    """The counter's new `value`, and the revision that made it."""
+
+    value: int
+    rev: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScanResult:
+    """One page of a scan, as the state was at `rev`. `more` tells that the range goes on behind the last item."""
+
+    items: tuple[Item, ...]
+    more: bool
+    rev: int
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.items)
+
+
+@dataclass(frozen=True, slots=True)
+class TxnResult:
+    """Whether the conditions held (`succeeded`), and the replies of the operations that ran, in order."""
+
+    succeeded: bool
+    results: tuple[dict[str, Any], ...]
+    rev: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberInfo:
+    """A member of the cluster. The last three are known where the leader was asked: whether it answers, up to which
+    index its log agrees with the leader's, and seconds since it was last heard."""
+
+    name: str
+    id: str
+    address: str
+    role: str
+    alive: bool | None = None
+    match: int | None = None
+    last_heard_s: float | None = None
+
+
+def connect(
+    servers: str | Sequence[str] | None = None,
+    *,
+    registry: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+    discover: bool = True,
+) -> Client:
+    """A client of the cluster whose nodes are at `servers` ("HOST:PORT,HOST:PORT" or a list of these), or that the
+    `registry` at "HOST:PORT" knows. One reachable server is enough: the others are learnt from it, unless
+    `discover` is False.
+
+    `timeout_s` is how long a call may take that does not say itself. Nothing is sent before the first call. Raises
+    BadRequest where an address is no address, or none is given.
+    """
+    listed = servers.split(",") if isinstance(servers, str) else list(servers or ())
+    addresses = [wire.format_address(*wire.parse_address(text)) for text in listed if text.strip()]
+    if registry is not None:
+        registry = wire.format_address(*wire.parse_address(registry))
+    if not addresses and registry is None:
+        raise BadRequest("No server is named; give HOST:PORT of a node, or registry=HOST:PORT.")
+    return Client(addresses, registry=registry, timeout_s=timeout_s, discover=discover)
+
+
+class Client:
+    """A connection to a cluster, made by `connect`. Use it in a `with` statement, or `close` it.
+
+    Every method takes `timeout_s`, the seconds that the whole call may take, and raises a `DdbError`: `NoLeader`,
+    `Unreachable` and the like when time ran out and nothing happened; `Timeout` or `OutcomeUnknown` when a write may
+    have happened; `BadRequest`, `TooLarge`, … as docs/protocol.md says.
+    """
+
+    def __init__(self, servers: Sequence[str], *, registry: str | None, timeout_s: float, discover: bool) -> None:
+        self.timeout_s = timeout_s
+        self._given = list(servers)
+        self._learnt: list[str] = []
+        self._registry = registry
+        self._discover = discover
+        self._learn_due = discover
+        self._leader: str | None = None  # where writes and linearizable reads go
+        self._home: str | None = None  # where requests about "the node that is asked" go
+        self._links: dict[str, _Link] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    # ------------------------------------------------------------- data
+
+    def put(
+        self,
+        key: str,
+        value: Any,
+        *,
+        if_: Condition | Sequence[Condition] | None = None,
+        timeout_s: float | None = None,
+    ) -> PutResult:
+        """Set `key` (a non-empty string of at most 4 KiB) to `value` (any JSON value, or bytes), where all
+        conditions of `if_` hold."""
+        request = {"op": "put", "key": key, "value": _to_wire(value), **_conditions(if_)}
+        reply = self.call(request, timeout_s=timeout_s)
+        current = (reply.get("found"), _from_wire(reply.get("value")))
+        return PutResult(reply["rev"], reply.get("applied", True), reply.get("version"), *current)
+
+    def get(
+        self,
+        key: str,
+        *,
+        read: Consistency = "linearizable",
+        max_lag_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> Item | None:
+        """The item under `key`, or None. A stale read fails where its node last heard from the leader longer than
+        `max_lag_s` ago."""
+        reply = self.call({"op": "get", "key": key, **_reading(read, max_lag_s)}, timeout_s=timeout_s)
+        return _item(reply) if reply["found"] else None
+
+    def delete(
+        self, key: str, *, if_: Condition | Sequence[Condition] | None = None, timeout_s: float | None = None
+    ) -> DeleteResult:
+        """Remove `key`, where all conditions of `if_` hold."""
+        reply = self.call({"op": "delete", "key": key, **_conditions(if_)}, timeout_s=timeout_s)
+        current = (reply.get("found"), _from_wire(reply.get("value")))
+        return DeleteResult(reply.get("deleted", 0), reply["rev"], reply.get("applied", True), *current)
+
+    def scan(
+        self,
+        prefix: str | None = None,
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        limit: int | None = None,
+        reverse: bool = False,
+        keys_only: bool = False,
+        read: Consistency = "linearizable",
+        max_lag_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> ScanResult:
+        """One page of the items whose keys begin with `prefix`, or lie from `start` up to but not including `end`, in
+        the order of the keys' UTF-8 bytes; at most `limit` of them. All keys where no range is given."""
+        request = {"op": "scan", **_range(prefix, start, end), **_reading(read, max_lag_s)}
+        request.update({"limit": limit} if limit is not None else {})
+        request.update({"reverse": True} if reverse else {})
+        request.update({"keys_only": True} if keys_only else {})
+        reply = self.call(request, timeout_s=timeout_s)
+        return ScanResult(tuple(map(_item, reply["items"])), reply["more"], reply["rev"])
+
+    def scan_all(
+        self, prefix: str | None = None, *, start: str | None = None, end: str | None = None
+    ) -> Iterator[Item]:
+        """Every item of a range, page by page. Each page is consistent in itself; between pages time goes on."""
+        while True:
+            page = self.scan(prefix, start=start, end=end)
+            yield from page.items
+            if not page.more or not page.items:
+                return
+            if prefix is not None:
+                end = _after_prefix(prefix)
+                prefix = None
+            start = page.items[-1].key + "\0"  # the least key behind it
+
+    def count(
+        self,
+        prefix: str | None = None,
+        *,
+        start: str | None = None,
+        end: str | None = None,
+        read: Consistency = "linearizable",
+        max_lag_s: float | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """How many keys the range holds; the range as in `scan`."""
+        request = {"op": "count", **_range(prefix, start, end), **_reading(read, max_lag_s)}
+        count: int = self.call(request, timeout_s=timeout_s)["count"]
+        return count
+
+    def incr(self, key: str, by: int = 1, *, timeout_s: float | None = None) -> IncrResult:
+        """Add `by` to the integer under `key` (0 where there is none). Raises BadRequest where it is no integer."""
+        reply = self.call({"op": "incr", "key": key, "by": by}, timeout_s=timeout_s)
+        return IncrResult(reply["value"], reply["rev"])
+
+    def batch(self, ops: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None) -> int:
+        """Do `ops`, puts and deletes like `{"op": "put", "key": "a", "value": 1}`, all or none, in one log entry.
+        Returns its revision."""
+        rev: int = self.call({"op": "batch", "ops": _to_wire(list(ops))}, timeout_s=timeout_s)["rev"]
+        return rev
+
+    def txn(
+        self,
+        if_: Condition | Sequence[Condition] = (),
+        then: Sequence[Mapping[str, Any]] = (),
+        else_: Sequence[Mapping[str, Any]] = (),
+        *,
+        timeout_s: float | None = None,
+    ) -> TxnResult:
+        """Where all conditions of `if_` hold do the operations `then`, otherwise `else_`; all or none of them."""
+        conditions = [if_] if isinstance(if_, Mapping) else list(if_)
+        request = {"op": "txn", "if": conditions, "then": list(then), "else": list(else_)}
+        reply = self.call(_to_wire(request), timeout_s=timeout_s)
+        return TxnResult(reply["succeeded"], tuple(_from_wire(reply["results"])), reply["rev"])
+
+    # ---------------------------------------------------------- cluster
+
+    def ping(self, *, at: str | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+        """`node` and `time` of the server asked: the one at address `at`, or any."""
+        return self.call({"op": "ping"}, at=at, timeout_s=timeout_s)
+
+    def status(self, *, at: str | None = None, timeout_s: float | None = None) -> dict[str, Any]:
+        """What the server at address `at` (or any) says of itself: docs/protocol.md lists the fields."""
+        return self.call({"op": "status"}, at=at, timeout_s=timeout_s)
+
+    def members(self, *, timeout_s: float | None = None) -> tuple[MemberInfo, ...]:
+        """The members of the cluster, as the leader sees them where there is one."""
+        reply = self.call({"op": "members"}, timeout_s=timeout_s)
+        return tuple(
+            MemberInfo(m["name"], m["id"], m["address"], m["role"], m.get("alive"), m.get("match"), m.get("last_heard"))
+            for m in reply["members"]
+        )
+
+    def member_remove(self, name: str, *, timeout_s: float | None = None) -> int:
+        """Remove the member called `name` (or with this id) for good. Returns the revision of the configuration."""
+        rev: int = self.call({"op": "member_remove", "name": name}, timeout_s=timeout_s)["rev"]
+        return rev
+
+    def member_promote(self, name: str, *, timeout_s: float | None = None) -> int:
+        """Make the learner called `name` a voter. Returns the revision of the configuration."""
+        rev: int = self.call({"op": "member_promote", "name": name}, timeout_s=timeout_s)["rev"]
+        return rev
+
+    def transfer(self, to: str | None = None, *, timeout_s: float | None = None) -> str | None:
+        """Hand leadership to the voter called `to`, or to the most up-to-date one. Returns the new leader."""
+        reply = self.call({"op": "transfer", **({"to": to} if to is not None else {})}, timeout_s=timeout_s)
+        leader: str | None = reply["leader"]
+        return leader
+
+    def snapshot(self, *, at: str | None = None, timeout_s: float | None = None) -> int:
+        """Have the server at address `at` (or any) write a checkpoint. Returns the revision that is on its disk."""
+        rev: int = self.call({"op": "snapshot"}, at=at, timeout_s=timeout_s)["rev"]
+        return rev
+
+    def log(
+        self,
+        from_: int | None = None,
+        limit: int | None = None,
+        *,
+        at: str | None = None,
+        timeout_s: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Entries of the replicated log as the server at address `at` (or any) keeps it, from index `from_` on."""
+        request: dict[str, Any] = {"op": "log"}
+        request.update({"from": from_} if from_ is not None else {})
+        request.update({"limit": limit} if limit is not None else {})
+        entries: list[dict[str, Any]] = self.call(request, at=at, timeout_s=timeout_s)["entries"]
+        return entries
+
+    # ------------------------------------------------- the way of a call
+
+    def call(
+        self, request: Mapping[str, Any], *, at: str | None = None, timeout_s: float | None = None
+    ) -> dict[str, Any]:
+        """Send any `request` object of docs/protocol.md, and return the reply as it came.
+
+        Goes to the leader where that is known, or to the address `at` and nowhere else. An unknown operation
+        is treated with the care due to a write. Raises a DdbError for every reply that is not ok.
+        """
+        with self._lock:
+            if self._closed:
+                raise BadRequest("This client is closed; connect again.")
+            return _Call(self, request, at, self.timeout_s if timeout_s is None else timeout_s).run()
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The addresses known now: those given, then those learnt."""
+        return tuple(dict.fromkeys([*self._given, *self._learnt]))
+
+    def close(self) -> None:
+        """Close every connection. May be called twice."""
+        with self._lock:
+            self._closed = True
+            for address in list(self._links):
+                self._drop(address)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client of {','.join(self.servers)}{' closed' if self._closed else ''}>"
+
+    def _link(self, address: str, deadline: float) -> _Link:
+        """The open connection to `address`, or a new one. Raises OSError."""
+        link = self._links.get(address)
+        if link is not None and link.usable():
+            return link
+        self._drop(address)
+        link = self._links[address] = _Link(address, deadline)
+        return link
+
+    def _drop(self, address: str) -> None:
+        link = self._links.pop(address, None)
+        if link is not None:
+            link.close()
+
+    def _learn(self, address: str, deadline: float) -> None:
+        """Ask the node at `address`, which works, who the other members are. A failure only means: another time."""
+        self._learn_due = False
+        status = self._ask_aside(address, {"op": "status"}, deadline)
+        members = [m.get("address") for m in status.get("members") or () if isinstance(m, dict)]
+        leader = status.get("leader")
+        self._learnt = _addresses(members) or self._learnt
+        if isinstance(leader, dict):
+            self._leader = next(iter(_addresses([leader.get("address")])), None)
+        for unknown in set(self._links) - set(self.servers):
+            self._drop(unknown)
+
+    def _ask_registry(self, deadline: float) -> None:
+        """Learn from the registry where the nodes are."""
+        assert self._registry is not None
+        reply = self._ask_aside(self._registry, {"op": "nodes"}, deadline)
+        self._drop(self._registry)
+        nodes = [n.get("address") for n in reply.get("nodes") or () if isinstance(n, dict)]
+        self._learnt = _addresses(nodes) or self._learnt
+
+    def _ask_aside(self, address: str, request: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """A question whose answer is welcome but not needed: an empty object where it fails."""
+        patience = min(deadline, time.monotonic() + CONNECT_TIMEOUT_S)
+        try:
+            reply = wire.decode_trusted(self._link(address, patience).exchange(wire.encode(request), patience))
+        except (OSError, DdbError):
+            self._drop(address)
+            return {}
+        return reply if isinstance(reply, dict) else {}
+
+
+class _Call:
+    """One call on its way: which servers it asked, and what each said."""
+
+    def __init__(self, client: Client, request: Mapping[str, Any], at: str | None, timeout_s: float) -> None:
+        self.client = client
+        self.request = dict(request)
+        self.at = at
+        self.deadline = time.monotonic() + timeout_s
+        op = self.request.get("op")
+        self.repeatable = op in REPEATABLE
+        self.local = op in LOCAL or self.request.get("read") == "stale"
+        self.failures: dict[str, DdbError] = {}
+        self.tried: set[str] = set()
+        self.pause_s = BACKOFF_FIRST_S
+        self.attempt_s = READ_ATTEMPT_S
+
+    def run(self) -> dict[str, Any]:
+        """Ask one server after another, round after round, until one serves the request or time is up."""
+        client = self.client
+        if client._registry is not None and not client.servers:
+            client._ask_registry(self.deadline)
+        while True:
+            address = self._next()
+            if address is None:
+                self._rest()
+                continue
+            self.tried.add(address)
+            try:
+                reply = self._attempt(address)
+            except DdbError as error:
+                if not error.retry:
+                    raise
+                self._note(address, error)
+                continue
+            self._follow(address, reply)
+            return reply
+
+    def _next(self) -> str | None:
+        """The next server of this round: the one that must be, the leader, the one used last, any other."""
+        if self.at is not None:
+            order = [self.at]
+        else:
+            preferred = self.client._home if self.local else self.client._leader
+            order = [a for a in (preferred, self.client._home) if a is not None]
+            order += self.client.servers
+        return next((a for a in order if a not in self.tried), None)
+
+    def _rest(self) -> None:
+        """A round is over, and nobody served. Sleep a while, learn what may have changed, and begin another one; raise
+        what was heard where there is no time for it, or where only one server may be asked and can't be reached."""
+        pause_s = random.uniform(0, self.pause_s)
+        unreachable = all(isinstance(e, Unreachable) for e in self.failures.values())
+        if time.monotonic() + pause_s >= self.deadline or (self.at is not None and unreachable):
+            raise self._verdict()
+        time.sleep(pause_s)
+        self.pause_s = min(2 * self.pause_s, BACKOFF_MAX_S)
+        self.attempt_s *= 2
+        self.tried.clear()
+        if self.client._registry is not None:
+            self.client._ask_registry(self.deadline)
+
+    def _verdict(self) -> DdbError:
+        """The one error that says most: what a server answered goes before what none did."""
+        for error in self.failures.values():
+            if not isinstance(error, Unreachable):
+                return error
+        if not self.failures:
+            return Unreachable(f"The registry at {self.client._registry} names no node; is it running, and are they?")
+        reasons = "; ".join(error.message for error in self.failures.values())
+        return Unreachable(f"No server answered: {reasons}.")
+
+    def _note(self, address: str, error: DdbError) -> None:
+        """Remember a failure that another server may not have."""
+        client = self.client
+        self.failures[address] = error
+        client._learn_due = client._discover
+        if client._home == address:
+            client._home = None
+        hint = _addresses([error.fields.get("leader")])
+        client._leader = hint[0] if hint else None if client._leader == address else client._leader
+
+    def _follow(self, address: str, reply: dict[str, Any]) -> None:
+        """Learn from a success where the next request should go."""
+        client = self.client
+        if self.at is not None:
+            return
+        if client._home is None or self.local:
+            client._home = address
+        if not self.local:
+            hint = _addresses([reply.get("leader")])
+            client._leader = hint[0] if hint else address
+        if client._learn_due:
+            client._learn(address, self.deadline)
+
+    def _attempt(self, address: str) -> dict[str, Any]:
+        """Ask the server at `address` once. Raises a DdbError whose `retry` tells whether to go on elsewhere."""
+        now = time.monotonic()
+        until = min(self.deadline, now + self.attempt_s) if self.repeatable else self.deadline
+        # The server is given less time than the client takes, so that its verdict ("nothing happened") still arrives.
+        self.request["timeout"] = max(round(0.9 * (until - now), 3), 0.001)
+        payload = wire.encode(self.request)
+        try:
+            link = self.client._link(address, until)
+        except OSError as error:
+            raise Unreachable(f"{address} can't be reached ({_reason(error)})") from None
+        try:
+            reply = wire.decode_trusted(link.exchange(payload, until))
+        except (OSError, BadRequest) as error:
+            self.client._drop(address)
+            raise self._unanswered(address, link, error) from None
+        except BaseException:
+            self.client._drop(address)  # Ctrl-C: the reply is still to come, and must not be taken for the next one's
+            raise
+        if isinstance(reply, dict) and reply.get("ok") is True:
+            return reply
+        raise self._refused(address, reply)
+
+    def _unanswered(self, address: str, link: _Link, error: Exception) -> DdbError:
+        """What it means that a request was begun and no reply came."""
+        if self.repeatable or not link.sent:
+            return Unreachable(f"{address} did not answer ({_reason(error)})")
+        return OutcomeUnknown(
+            f"The write was sent to {address}, but no answer came ({_reason(error)}): it may or may not have happened. "
+            "Read before you write again."
+        )
+
+    def _refused(self, address: str, reply: Any) -> DdbError:
+        """The error that the server's reply stands for."""
+        if not isinstance(reply, dict):
+            return Internal(f"{address} answered something that is no reply; is it a ddb server?")
+        fields = {name: value for name, value in reply.items() if name not in ("ok", "error", "message", "id")}
+        message = str(reply.get("message") or f"{address} answered {reply.get('error')!r} without a reason.")
+        kind = BY_CODE.get(str(reply.get("error")), Internal)
+        if kind is Timeout and self.repeatable:
+            return Unreachable(f"{address} could not answer in time ({message.rstrip('.')})")
+        return kind(message, **fields)
+
+
+class _Link:
+    """One blocking connection in the frames dialect, with one request under way at a time."""
+
+    def __init__(self, address: str, deadline: float) -> None:
+        self.sent = False  # whether the kernel took the whole of the last request
+        self._cutter = wire.FrameBuffer(REPLY_BYTES_MAX)
+        patience = max(min(CONNECT_TIMEOUT_S, deadline - time.monotonic()), 0.001)
+        self._socket = socket.create_connection(wire.parse_address(address), timeout=patience)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll is not None:
+            self._poll.register(self._socket, select.POLLIN)
+
+    def usable(self) -> bool:
+        """Whether the connection is silent, as it must be between two requests: it is not once the server closed it."""
+        if self._poll is not None:
+            return not self._poll.poll(0)
+        return not select.select([self._socket], [], [], 0)[0]
+
+    def exchange(self, payload: bytes, deadline: float) -> bytes:
+        """Send `payload` as a frame and return the reply's payload. Raises OSError; `sent` then says how far it got."""
+        self.sent = False
+        unsent = memoryview(wire.frame(payload))
+        while unsent:
+            self._arm(deadline)
+            unsent = unsent[self._socket.send(unsent) :]
+        self.sent = True
+        while True:
+            self._arm(deadline)
+            data = self._socket.recv(1 << 18)
+            if not data:
+                raise ConnectionResetError("it closed the connection")
+            payloads = self._cutter.feed(data)
+            if self._cutter.error is not None:
+                raise ConnectionAbortedError("it does not speak ddb's protocol")
+            if payloads:
+                return payloads[0]
+
+    def _arm(self, deadline: float) -> None:
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("time ran out")
+        self._socket.settimeout(remaining_s)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+
+
+# ------------------------------------------------------------------ values
+
+
+def _to_wire(value: Any) -> Any:
+    """`value` with every bytes in it as the object that stands for it on the wire."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"$b64": base64.b64encode(value).decode()}
+    if isinstance(value, Mapping):
+        return {name: _to_wire(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_wire(inner) for inner in value]
+    return value
+
+
+def _from_wire(value: Any) -> Any:
+    """The inverse of `_to_wire`. An object that only looks like bytes stays as it is."""
+    if isinstance(value, dict):
+        if len(value) == 1 and isinstance(value.get("$b64"), str):
+            try:
+                return base64.b64decode(value["$b64"], validate=True)
+            except (binascii.Error, ValueError):
+                return value
+        return {name: _from_wire(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_from_wire(inner) for inner in value]
+    return value
+
+
+def _item(reply: Mapping[str, Any]) -> Item:
+    """The item in a reply to get, or in the list of a scan (which has no value where only keys were asked for)."""
+    return Item(reply["key"], _from_wire(reply.get("value")), reply["rev"], reply["created"], reply["version"])
+
+
+def _conditions(if_: Condition | Sequence[Condition] | None) -> dict[str, Any]:
+    if if_ is None:
+        return {}
+    return {"if": _to_wire(if_ if isinstance(if_, Mapping) else list(if_))}
+
+
+def _reading(read: Consistency, max_lag_s: float | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {} if read == "linearizable" else {"read": read}
+    return fields if max_lag_s is None else {**fields, "max_lag": max_lag_s}
+
+
+def _range(prefix: str | None, start: str | None, end: str | None) -> dict[str, Any]:
+    fields = {"prefix": prefix, "start": start, "end": end}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _after_prefix(prefix: str) -> str | None:
+    """The least string above all that begin with `prefix`, None where there is none (only U+10FFFF throughout)."""
+    kept = prefix.rstrip("\U0010ffff")
+    if not kept:
+        return None
+    last = ord(kept[-1]) + 1
+    return kept[:-1] + chr(0xE000 if 0xD800 <= last < 0xE000 else last)  # no string holds a surrogate
+
+
+def _addresses(texts: Sequence[Any]) -> list[str]:
+    """Those of `texts` that are addresses, each written in the one way."""
+    found = []
+    for text in texts:
+        if isinstance(text, str):
+            try:
+                found.append(wire.format_address(*wire.parse_address(text)))
+            except BadRequest:
+                continue
+    return found
+
+
+def _reason(error: Exception) -> str:
+    """Why, in a few words without the number of the error."""
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError):
+        return (error.strerror or str(error) or type(error).__name__).lower()
+    return str(error)
