@@ -119,3 +119,164 @@ class Batch:
 
 
 NOOP: Final[Command] = ["noop"]
+
+
+# --- what members say to each other ------------------------------------------------------------------------------------
+# `src` and `dst` are member ids. They are not encoded: a connection belongs to one pair of members.
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """AppendEntries (Raft §5.3); without batches it is the heartbeat, and the first of a term is the bully's victory message.
+
+    `round` counts the leader's confirmations of its leadership (ReadIndex, dissertation §6.4): a reply that
+    echoes it was sent after the leader asked. `digest` is (index, digest of the state there). `confirmed` tells
+    a member in doubt that its log holds all that this leader's did.
+    """
+
+    src: str
+    dst: str
+    term: int
+    prev_index: int
+    prev_term: int
+    commit: int
+    round: int
+    batches: tuple[Batch, ...] = ()
+    digest: tuple[int, int] | None = None
+    confirmed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AppendReply:
+    """`ok`: everything up to `match` is durable here and equal to the leader's. Else `rejected` is the prev_index that
+    did not match, and (`hint_index`, `hint_term`) where the conflicting term begins (Raft §5.3, last paragraphs)."""
+
+    src: str
+    dst: str
+    term: int
+    ok: bool
+    match: int
+    round: int
+    rejected: int = 0
+    hint_index: int = 0
+    hint_term: int = 0
+    doubt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VoteRequest:
+    """RequestVote (Raft §5.2). `transfer`: the leader itself asked for this, so hearing it is no reason to refuse."""
+
+    src: str
+    dst: str
+    term: int
+    last_index: int
+    last_term: int
+    transfer: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VoteReply:
+    """A vote, durable before it is sent; `doubt` where the voter may have forgotten what it acknowledged."""
+
+    src: str
+    dst: str
+    term: int
+    granted: bool
+    doubt: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ElectionRequest:
+    """The bully's ping, and Raft's PreVote: "may I stand?". Changes no term and no vote. `ask` numbers the question."""
+
+    src: str
+    dst: str
+    term: int
+    last_term: int
+    last_index: int
+    name: str
+    ask: int
+
+
+@dataclass(frozen=True, slots=True)
+class ElectionReply:
+    """`leader` (I hear one), `alive` (I outrank you) or `yield` (go ahead)."""
+
+    src: str
+    dst: str
+    term: int
+    answer: str
+    ask: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimeoutNow:
+    """The leader hands over: stand at once (dissertation §3.10)."""
+
+    src: str
+    dst: str
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """A follower asks the leader for a read index (dissertation §6.4)."""
+
+    src: str
+    dst: str
+    term: int
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadReply:
+    """Reads under `ticket` may be answered from any state that has applied `index`."""
+
+    src: str
+    dst: str
+    term: int
+    ticket: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstallSnapshot:
+    """One chunk of the leader's snapshot, a SQLite file of `size` bytes (Raft §7)."""
+
+    src: str
+    dst: str
+    term: int
+    index: int
+    index_term: int
+    offset: int
+    size: int
+    sha256: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReply:
+    """The chunks up to `offset` have arrived; `installed` once the whole has been verified and taken over."""
+
+    src: str
+    dst: str
+    term: int
+    index: int
+    offset: int
+    installed: bool = False
+
+
+Message = (
+    Append
+    | AppendReply
+    | VoteRequest
+    | VoteReply
+    | ElectionRequest
+    | ElectionReply
+    | TimeoutNow
+    | ReadRequest
+    | ReadReply
+    | InstallSnapshot
+    | SnapshotReply
+)

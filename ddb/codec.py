@@ -1,0 +1,158 @@
+"""Batches and the members' messages as bytes.
+
+Law: a batch is encoded once in its life, by the leader that appends it. Its JSON text goes into the log's
+record, into every `Append` that carries it and, on the other side, into that member's log, always the same
+bytes. So an `Append` is put together around the batches' texts, and taken apart by cutting them out again:
+`sizes` says how long each is, and they are the last thing in the object.
+
+    {"m":"append","term":3,"prev":[11,2],"commit":11,"round":7,"sizes":[62],"batches":[{"first":12,…}]}
+
+Everything else is an object of its dataclass's fields, under "m" the kind of message. `src` and `dst` stay
+out: a connection belongs to one pair of members, so the receiver knows them.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import fields
+from typing import Any, Final
+
+from ddb import wire
+from ddb.errors import BadRequest
+from ddb.messages import (
+    Append,
+    AppendReply,
+    Batch,
+    Command,
+    Configuration,
+    ElectionReply,
+    ElectionRequest,
+    InstallSnapshot,
+    Message,
+    ReadReply,
+    ReadRequest,
+    SnapshotReply,
+    TimeoutNow,
+    VoteReply,
+    VoteRequest,
+)
+
+_KINDS: Final[dict[str, type[Any]]] = {
+    "append_reply": AppendReply,
+    "vote": VoteRequest,
+    "vote_reply": VoteReply,
+    "election": ElectionRequest,
+    "election_reply": ElectionReply,
+    "timeout_now": TimeoutNow,
+    "read": ReadRequest,
+    "read_reply": ReadReply,
+    "install": InstallSnapshot,
+    "install_reply": SnapshotReply,
+}
+_NAMES: Final = {cls: name for name, cls in _KINDS.items()}
+_FIELDS: Final = {
+    cls: {f.name: str(f.type) for f in fields(cls) if f.name not in ("src", "dst")} for cls in _KINDS.values()
+}
+_CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str}
+
+
+def encode_batch(first: int, term: int, at_ms: int, entries: list[bytes], commands: list[Command] | None = None) -> Batch:
+    """The batch of `entries`, each already encoded, that begins at index `first`. `commands`: the same, decoded."""
+    last = first + len(entries) - 1
+    data = b'{"first":%d,"last":%d,"term":%d,"at":%d,"entries":[%b]}' % (first, last, term, at_ms, b",".join(entries))
+    return Batch(first, last, term, data, at_ms, commands)
+
+
+def encode_config(index: int, term: int, at_ms: int, config: Configuration) -> Batch:
+    """The batch of one entry that makes `config` the cluster's configuration."""
+    text = wire.encode(config.to_json())
+    data = b'{"first":%d,"last":%d,"term":%d,"at":%d,"config":%b}' % (index, index, term, at_ms, text)
+    return Batch(index, index, term, data, at_ms, None, config)
+
+
+def decode_batch(data: bytes) -> Batch:
+    """The batch that `data` encodes, with its commands. Raises BadRequest where it is none."""
+    return batch_from_json(wire.decode_trusted(data), data)
+
+
+def batch_from_json(value: dict[str, Any], data: bytes) -> Batch:
+    """The batch that `value` is, `data` being its encoding. Raises BadRequest where it is none."""
+    try:
+        first, last, term, at_ms = value["first"], value["last"], value["term"], value["at"]
+        config: Configuration | None = None
+        commands: list[Command] | None = None
+        if "config" in value:
+            config = Configuration.from_json(value["config"])
+            count = 1
+        else:
+            commands = value["entries"]
+            count = len(commands)  # type: ignore[arg-type]
+        if not (type(first) is type(last) is type(term) is type(at_ms) is int and count and last - first + 1 == count):
+            raise ValueError("its numbers don't fit together")
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadRequest(f"this is not a batch of log entries: {error!r}") from None
+    return Batch(first, last, term, data, at_ms, commands, config)
+
+
+def encode_message(message: Message) -> bytes:
+    """The JSON object that says `message` to a peer."""
+    if type(message) is Append:
+        return _encode_append(message)
+    values: dict[str, Any] = {"m": _NAMES[type(message)]}
+    for name in _FIELDS[type(message)]:
+        value = getattr(message, name)
+        values[name] = base64.b64encode(value).decode() if type(value) is bytes else value
+    return wire.encode(values)
+
+
+def decode_message(payload: bytes, src: str, dst: str) -> Message:
+    """The message that `payload` says, sent by member `src` to `dst`. Raises BadRequest where it is none."""
+    value = wire.decode_trusted(payload)
+    kind = value.get("m")
+    if kind == "append":
+        return _decode_append(value, payload, src, dst)
+    cls = _KINDS.get(kind) if type(kind) is str else None
+    if cls is None:
+        raise BadRequest(f"a peer sent a message of unknown kind {kind!r}")
+    arguments: dict[str, Any] = {"src": src, "dst": dst}
+    for name, type_name in _FIELDS[cls].items():
+        field = value.get(name)
+        if type(field) is not _CHECKS[type_name]:
+            raise BadRequest(f"a peer's {kind!r} message has no {type_name} in {name!r}")
+        arguments[name] = base64.b64decode(field) if type_name == "bytes" else field
+    return cls(**arguments)  # type: ignore[no-any-return]
+
+
+def _encode_append(m: Append) -> bytes:
+    extra = b""
+    if m.digest is not None:
+        extra += b'"digest":[%d,%d],' % m.digest
+    if m.confirmed:
+        extra += b'"confirmed":true,'
+    return (
+        b'{"m":"append","term":%d,"prev":[%d,%d],"commit":%d,"round":%d,%b"sizes":[%b],"batches":[%b]}' % (
+            m.term, m.prev_index, m.prev_term, m.commit, m.round, extra,
+            b",".join([b"%d" % len(b.data) for b in m.batches]),
+            b",".join([b.data for b in m.batches]),
+        )
+    )  # fmt: skip
+
+
+def _decode_append(value: dict[str, Any], payload: bytes, src: str, dst: str) -> Append:
+    try:
+        prev_index, prev_term = value["prev"]
+        numbers = (value["term"], prev_index, prev_term, value["commit"], value["round"])
+        sizes: list[int] = value["sizes"]
+        if any(type(n) is not int or n < 0 for n in (*numbers, *sizes)) or len(sizes) != len(value["batches"]):
+            raise ValueError("its numbers are not whole")
+        position = len(payload) - 2 - sum(sizes) - max(0, len(sizes) - 1)  # "]}" ends it, "," stands between
+        if payload[position - 1 : position] != b"[" or not payload.endswith(b"]}"):
+            raise ValueError("its sizes don't fit")
+        batches: list[Batch] = []
+        for size, batch in zip(sizes, value["batches"], strict=True):
+            batches.append(batch_from_json(batch, payload[position : position + size]))
+            position += size + 1
+        digest = (int(value["digest"][0]), int(value["digest"][1])) if "digest" in value else None
+        return Append(src, dst, *numbers, tuple(batches), digest, value.get("confirmed") is True)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise BadRequest(f"a peer sent an append that can't be read: {error!r}") from None

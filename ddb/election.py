@@ -1,0 +1,256 @@
+"""Who stands for leader, and when: the bully's election and Raft's own, behind one interface.
+
+Law: nothing here makes a leader. A strategy only decides when its member asks the others ("may I stand?",
+which changes no term and no vote, so it is Raft's PreVote, dissertation §9.6), what it answers when asked, and
+when it stands. A leader is made by Raft's vote alone (raft.py).
+
+**Bully** (García-Molina 1982, as ddb 2.1.0 had it): every member has a *rank*; who hears no leader asks all
+the others; whoever outranks the asker answers `alive` and holds an election of its own; who gets no `alive`
+takes over. Three things make it safe and keep it from blocking:
+
+* the rank is (last log term, last log index, name): the order in which Raft's voters judge candidates, with the
+  name as the last word. A returning highest name with an old log neither wins nor is waited for;
+* the winner must still win a majority's votes;
+* who was beaten waits for the victor only so long, and then stands all the same; who stood and did not win stands
+  aside for a round and lets the lower ones go ahead. So a highest rank that can be pinged but can't win (a full
+  disk, one-way links) blocks nobody.
+
+**Raft** (§5.2, §9.3): whoever's randomised time-out ends first asks, and stands when a majority agrees.
+
+Both are told of the time and given their chance (`rng`), so a seed replays them.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+Rank = tuple[int, int, str, str]
+"""(last log term, last log index, name, id): the bully's order. Its first two are Raft's "up-to-date" (§5.4.1)."""
+
+
+class Move(enum.Enum):
+    """What a strategy wants its member to do now."""
+
+    ASK = "ask"  # send every other voter an ElectionRequest with a new `ask` number
+    STAND = "stand"  # become a candidate in the next term
+
+
+class Answer(enum.Enum):
+    """What a member says to "may I stand?"."""
+
+    LEADER = "leader"
+    ALIVE = "alive"
+    YIELD = "yield"
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a strategy may know of its member and of the others.
+
+    `reachable`: the voters to whom a connection stands. `hears_leader`: a leader spoke within the time-out.
+    """
+
+    id: str
+    rank: Rank
+    voters: tuple[str, ...]
+    reachable: frozenset[str]
+    hears_leader: bool
+
+    @property
+    def is_voter(self) -> bool:
+        """Only voters stand; learners and strangers just answer."""
+        return self.id in self.voters
+
+    def is_quorum(self, ids: set[str]) -> bool:
+        """Whether the voters among `ids` are a majority."""
+        return 2 * len(ids.intersection(self.voters)) > len(self.voters)
+
+
+class Election(Protocol):
+    """A strategy. Times are seconds of one steady clock; each method may be called at any moment."""
+
+    name: str
+
+    def follow(self, now: float) -> None:
+        """A leader was heard, or voted for itself here: stay calm for a full time-out."""
+
+    def suspect(self, now: float) -> None:
+        """The connection to the leader broke: don't wait for the time-out."""
+
+    def tick(self, now: float, view: View) -> Move | None:
+        """Time has passed."""
+
+    def asked(self, now: float, view: View, rank: Rank) -> Answer:
+        """Another member of `rank` asks whether it may stand."""
+
+    def answered(self, now: float, view: View, src: str, answer: Answer) -> Move | None:
+        """`src` answered our latest question."""
+
+    def voted(self, now: float) -> None:
+        """This member gave its vote to another: give it time to win."""
+
+    def lost(self, now: float) -> None:
+        """This member's candidacy failed."""
+
+
+class _Phase(enum.Enum):
+    CALM = "calm"  # following, or waiting to ask
+    ASKING = "asking"  # answers are coming in
+    WAITING = "waiting"  # for another's victory
+    STANDING = "standing"  # for Raft's vote
+    ASIDE = "aside"  # lost: the others go first for one round
+
+
+class Bully:
+    """The bully election. `timeout_s`: how long a silent leader is trusted."""
+
+    name: Final = "bully"
+
+    def __init__(self, timeout_s: float, rng: random.Random) -> None:
+        self._timeout_s = timeout_s
+        self._rng = rng
+        self._phase = _Phase.CALM
+        self._deadline = 0.0
+        self._answers: dict[str, Answer] = {}
+        self._impatient = False  # a victory was waited for in vain: `alive` no longer stops us
+
+    def follow(self, now: float) -> None:
+        """See Election."""
+        self._impatient = False
+        # A tenth of jitter: two members whose clocks run alike should not always ask in the same instant.
+        self._enter(_Phase.CALM, now + self._timeout_s * (1.0 + 0.1 * self._rng.random()))
+
+    def suspect(self, now: float) -> None:
+        """See Election."""
+        if self._phase is _Phase.CALM:
+            self._deadline = now
+
+    def tick(self, now: float, view: View) -> Move | None:
+        """See Election."""
+        if now < self._deadline or not view.is_voter:
+            return None
+        if self._phase is _Phase.ASKING:
+            return self._decide(now, view, time_is_up=True)
+        if self._phase is _Phase.STANDING:
+            self.lost(now)
+            return None
+        self._impatient = self._phase is _Phase.WAITING
+        self._enter(_Phase.ASKING, now + self._timeout_s / 5)
+        self._answers = {view.id: Answer.YIELD}
+        return self._decide(now, view, time_is_up=False) or Move.ASK
+
+    def asked(self, now: float, view: View, rank: Rank) -> Answer:
+        """See Election."""
+        if view.hears_leader:
+            return Answer.LEADER
+        if view.is_voter and view.rank > rank and self._phase is not _Phase.ASIDE:
+            if self._phase is _Phase.CALM:
+                self._deadline = now  # the bully's rule: who outranks the asker holds its own election
+            return Answer.ALIVE
+        if self._phase is _Phase.CALM or (self._phase is _Phase.ASKING and not self._impatient):
+            self._enter(_Phase.WAITING, now + self._timeout_s / 2)
+        return Answer.YIELD
+
+    def answered(self, now: float, view: View, src: str, answer: Answer) -> Move | None:
+        """See Election."""
+        if self._phase is not _Phase.ASKING:
+            return None
+        self._answers[src] = answer
+        return self._decide(now, view, time_is_up=False)
+
+    def voted(self, now: float) -> None:
+        """See Election."""
+        self._enter(_Phase.WAITING, now + self._timeout_s / 2)
+
+    def lost(self, now: float) -> None:
+        """See Election."""
+        self._enter(_Phase.ASIDE, now + self._timeout_s * (0.5 + 0.5 * self._rng.random()))
+
+    def _decide(self, now: float, view: View, time_is_up: bool) -> Move | None:
+        answers = self._answers
+        if Answer.LEADER in answers.values():
+            # Our link to the leader is down, not the leader. Asking again soon costs nobody anything.
+            self._enter(_Phase.CALM, now + self._timeout_s / 8)
+            return None
+        if Answer.ALIVE in answers.values() and not self._impatient:
+            self._enter(_Phase.WAITING, now + self._timeout_s / 2)
+            return None
+        everybody = view.reachable.intersection(view.voters) <= answers.keys()
+        if view.is_quorum(set(answers)) and (everybody or time_is_up):
+            self._enter(_Phase.STANDING, now + self._timeout_s)
+            return Move.STAND
+        if time_is_up:
+            self._enter(_Phase.CALM, now + self._timeout_s * (0.1 + 0.2 * self._rng.random()))
+        return None
+
+    def _enter(self, phase: _Phase, deadline: float) -> None:
+        self._phase = phase
+        self._deadline = deadline
+
+
+class Randomised:
+    """Raft's own election with PreVote. `timeout_s`: the shortest time-out; each is drawn from [1, 2) of it."""
+
+    name: Final = "raft"
+
+    def __init__(self, timeout_s: float, rng: random.Random) -> None:
+        self._timeout_s = timeout_s
+        self._rng = rng
+        self._deadline = 0.0
+        self._asking = False
+        self._answers: dict[str, Answer] = {}
+
+    def follow(self, now: float) -> None:
+        """See Election."""
+        self._asking = False
+        self._deadline = now + self._timeout_s * (1.0 + self._rng.random())
+
+    def suspect(self, now: float) -> None:
+        """See Election."""
+        if not self._asking:  # drawn, too: those who lost the same leader should not all ask at once
+            self._deadline = min(self._deadline, now + self._timeout_s / 10 * self._rng.random())
+
+    def tick(self, now: float, view: View) -> Move | None:
+        """See Election."""
+        if now < self._deadline or not view.is_voter:
+            return None
+        self._asking = True
+        self._deadline = now + self._timeout_s / 4 * (1.0 + self._rng.random())
+        self._answers = {view.id: Answer.YIELD}
+        return self._decide(now, view) or Move.ASK
+
+    def asked(self, now: float, view: View, rank: Rank) -> Answer:
+        """See Election."""
+        if view.hears_leader:
+            return Answer.LEADER
+        return Answer.ALIVE if view.rank[:2] > rank[:2] else Answer.YIELD
+
+    def answered(self, now: float, view: View, src: str, answer: Answer) -> Move | None:
+        """See Election."""
+        if not self._asking:
+            return None
+        self._answers[src] = answer
+        return self._decide(now, view)
+
+    def voted(self, now: float) -> None:
+        """See Election."""
+        self.follow(now)
+
+    def lost(self, now: float) -> None:
+        """See Election."""
+        self.follow(now)
+
+    def _decide(self, now: float, view: View) -> Move | None:
+        if not view.is_quorum({id for id, answer in self._answers.items() if answer is Answer.YIELD}):
+            return None
+        self._asking = False
+        self._deadline = now + self._timeout_s * (1.0 + self._rng.random())
+        return Move.STAND
+
+
+STRATEGIES: Final[dict[str, Callable[[float, random.Random], Election]]] = {"bully": Bully, "raft": Randomised}
+"""By the name that `--election` and the cluster's first configuration give."""
