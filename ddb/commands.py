@@ -1,0 +1,342 @@
+"""What a client may ask of the data, and the one normal form in which the log keeps it.
+
+Laws:
+
+* A request is judged here, whole, before anything is proposed or waits for a quorum. What passes can be applied;
+  whatever could still refuse it depends on the data alone (kv.py), so every node refuses it alike.
+* Only what is needed to apply a command enters the log: `id`, `timeout` and unknown fields never do.
+* The leader applies the command that `prepare` returns, the followers the decoding of its bytes. Both give the
+  same rows, byte for byte.
+
+Theory. A *command* is a JSON array, its name first. The shapes, with `?` where a part may be missing:
+
+    ["put", KEY, VALUE, {"if": [CONDITION, …]}?]      ["delete", KEY, {"if": [CONDITION, …]}?]
+    ["incr", KEY, BY]                                 ["batch", [PUT or DELETE, …]]
+    ["txn", [CONDITION, …], [COMMAND, …], [COMMAND, …]]
+    ["get", KEY]    ["scan", RANGE]    ["count", RANGE]
+
+    CONDITION: {"key": KEY, "op": "=", "rev": 12}, or "version", "value" or "exists" in the place of "rev"
+    RANGE:     {"start": KEY, "end": KEY or null}, in a scan with "limit", "reverse" and "keys_only" besides
+
+A prefix becomes a range, a condition's `key` and `op` are filled in, so whoever reads the log needs no rules to
+understand it. In the form that `prepare` returns, a value to be put is already encoded: it is `bytes`, which JSON
+never decodes to, so the machine can't take one for the other. A value is encoded once on the leader's way, and
+the encoding is what rows keep.
+
+Safety fields that this version doesn't have (`client`, `seq`, `lease`) are refused: a client that believes its
+retry safe must not be left in that belief.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from ddb.errors import BadRequest, TooLarge
+from ddb.messages import Command
+from ddb.wire import encode, encode_string
+
+KEY_BYTES_MAX: Final = 4096
+ENTRY_BYTES_MAX: Final = 16 << 20  # of one command in the log
+OPERATIONS_MAX: Final = 10_000  # in one batch or txn
+RANGE_READS_MAX: Final = 100  # scans and counts in one txn, for each may walk all the data
+SCAN_LIMIT: Final = 1000  # items, when the request doesn't say
+SCAN_LIMIT_MAX: Final = 10_000
+
+WRITES: Final = frozenset({"put", "delete", "incr", "batch", "txn"})
+READS: Final = frozenset({"get", "scan", "count"})
+COMPARISONS: Final = frozenset({"=", "!=", "<", ">"})
+SUBJECTS: Final = ("rev", "version", "value", "exists")
+
+_UNUSUAL: Final = frozenset({"if", "lease", "client", "seq"})
+_NOT_YET: Final = {
+    "client": "Exactly-once writes are not available in this version; leave out `client` and `seq`.",
+    "seq": "Exactly-once writes are not available in this version; leave out `client` and `seq`.",
+    "lease": "Leases are not available in this version; leave out `lease`.",
+}
+_MISSING: Final = object()
+
+Prepared = tuple[bytes, Command]
+
+
+def prepare(request: dict[str, Any]) -> Prepared:
+    """Judge a write request.
+
+    Returns its log entry, encoded, and the command that this entry says. Raises BadRequest or TooLarge with a
+    sentence for the client. The order of `request`'s fields, and fields it doesn't know, make no difference.
+    """
+    op = request.get("op")
+    if op == "put" and _UNUSUAL.isdisjoint(request):
+        key = request.get("key")
+        value = request.get("value", _MISSING)
+        # 1024 characters are 4096 bytes at most; a longer key is measured by `_key`.
+        if type(key) is not str or not 0 < len(key) <= 1024 or value is _MISSING:
+            return _sized(_put(request))
+        data = encode_string(value) if type(value) is str else encode(value)
+        entry = b'["put",%b,%b]' % (encode_string(key), data)
+        if len(entry) > ENTRY_BYTES_MAX:
+            raise _too_large(entry)
+        return entry, ["put", key, data]
+    prepare_op = _PREPARE.get(op) if type(op) is str else None
+    if prepare_op is None:
+        raise BadRequest(f"{_shown(op)} is not a write; the writes are {_listed(sorted(WRITES))}.")
+    return _sized(prepare_op(request))
+
+
+def prepare_read(request: dict[str, Any]) -> Command:
+    """Judge a read request (get, scan, count), and return the command to be answered later by `kv.answer`.
+
+    Raises BadRequest or TooLarge. `read` and `max_lag` are the node's to look at: they say where and when to read.
+    """
+    op = request.get("op")
+    if op == "get":
+        key = request.get("key")
+        if type(key) is str and 0 < len(key) <= 1024:
+            return ["get", key]
+        return ["get", _key(request)]
+    if op == "scan":
+        return ["scan", _scan(request)]
+    if op == "count":
+        return ["count", _range(request)]
+    raise BadRequest(f"{_shown(op)} is not a read; the reads are {_listed(sorted(READS))}.")
+
+
+def prefix_end(prefix: str) -> str | None:
+    """The least string above every string that begins with `prefix`; None where there is none.
+
+    Keys are ordered by code points, which is the order of their UTF-8 bytes. The surrogates between U+D7FF and
+    U+E000 are no characters, and nothing comes after U+10FFFF.
+    """
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return None
+    last = ord(stem[-1]) + 1
+    return stem[:-1] + chr(0xE000 if last == 0xD800 else last)
+
+
+# ------------------------------------------------------------------ writes
+
+
+def _sized(prepared: Prepared) -> Prepared:
+    if len(prepared[0]) > ENTRY_BYTES_MAX:
+        raise _too_large(prepared[0])
+    return prepared
+
+
+def _too_large(entry: bytes) -> TooLarge:
+    return TooLarge(f"The write takes {len(entry)} bytes in the log, where {ENTRY_BYTES_MAX} are allowed; split it.")
+
+
+def _put(request: dict[str, Any]) -> Prepared:
+    key = _key(request)
+    _refuse_not_yet(request)
+    if "value" not in request:
+        raise BadRequest("A put needs a `value`: any JSON value, null included.")
+    value = request["value"]
+    data = encode_string(value) if type(value) is str else encode(value)
+    conditions = _conditions(request, key)
+    if conditions is None:
+        return b'["put",%b,%b]' % (encode_string(key), data), ["put", key, data]
+    options = {"if": conditions}
+    return b'["put",%b,%b,%b]' % (encode_string(key), data, encode(options)), ["put", key, data, options]
+
+
+def _delete(request: dict[str, Any]) -> Prepared:
+    key = _key(request)
+    _refuse_not_yet(request)
+    conditions = _conditions(request, key)
+    command: Command = ["delete", key] if conditions is None else ["delete", key, {"if": conditions}]
+    return encode(command), command
+
+
+def _incr(request: dict[str, Any]) -> Prepared:
+    key = _key(request)
+    _refuse_not_yet(request)
+    _refuse_condition(request, "incr")
+    by = request.get("by", 1)
+    if type(by) is not int:
+        raise BadRequest(f"`by` must be a whole number, not {_shown(by)}.")
+    command: Command = ["incr", key, by]
+    return encode(command), command
+
+
+def _batch(request: dict[str, Any]) -> Prepared:
+    _refuse_not_yet(request)
+    _refuse_condition(request, "batch")
+    if "ops" not in request:
+        raise BadRequest('A batch needs `ops`: a list like [{"op":"put","key":"a","value":1}].')
+    entry, commands = _operations(request, "ops", {"put": _put, "delete": _delete})
+    return b'["batch",%b]' % entry, ["batch", commands]
+
+
+def _txn(request: dict[str, Any]) -> Prepared:
+    _refuse_not_yet(request)
+    conditions = _conditions(request, None) or []
+    then, then_commands = _operations(request, "then", _IN_TXN)
+    other, other_commands = _operations(request, "else", _IN_TXN)
+    for name, commands in (("then", then_commands), ("else", other_commands)):
+        if sum(c[0] in ("scan", "count") for c in commands) > RANGE_READS_MAX:
+            raise TooLarge(f"`{name}` has more than {RANGE_READS_MAX} scans and counts; split the transaction.")
+    return b'["txn",%b,%b,%b]' % (encode(conditions), then, other), ["txn", conditions, then_commands, other_commands]
+
+
+def _operations(
+    request: dict[str, Any], field: str, known: dict[str, Callable[[dict[str, Any]], Prepared]]
+) -> tuple[bytes, list[Command]]:
+    """The list of operations in `field` (none when it is missing), encoded and as commands."""
+    operations = request.get(field, [])
+    if type(operations) is not list:
+        raise BadRequest(f"`{field}` must be a list of operations, not {_shown(operations)}.")
+    if len(operations) > OPERATIONS_MAX:
+        raise TooLarge(f"`{field}` has {len(operations)} operations, where {OPERATIONS_MAX} are allowed; split it.")
+    entries: list[bytes] = []
+    commands: list[Command] = []
+    for number, operation in enumerate(operations):
+        op = operation.get("op") if type(operation) is dict else None
+        prepare_op = known.get(op) if type(op) is str else None
+        if prepare_op is None:
+            raise BadRequest(
+                f"`{field}`[{number}] must be an object whose `op` is {_listed(sorted(known), 'or')}, "
+                f"not {_shown(operation if op is None else op)}."
+            )
+        try:
+            if operation.get("if") is not None:
+                raise BadRequest("an operation has no condition of its own here; use the `if` of a txn.")
+            entry, command = prepare_op(operation)
+        except BadRequest as error:
+            raise BadRequest(f"`{field}`[{number}]: {error.message}") from None
+        entries.append(entry)
+        commands.append(command)
+    return b"[%b]" % b",".join(entries), commands
+
+
+# -------------------------------------------------------------- conditions
+
+
+def _conditions(request: dict[str, Any], own_key: str | None) -> list[dict[str, Any]] | None:
+    """The conditions in `if`, normalised; None where there is no `if`."""
+    given = request.get("if")
+    if given is None:
+        return None
+    conditions = given if type(given) is list else [given]
+    if len(conditions) > OPERATIONS_MAX:
+        raise TooLarge(f"`if` has {len(conditions)} conditions, where {OPERATIONS_MAX} are allowed.")
+    return [_condition(condition, own_key) for condition in conditions]
+
+
+def _condition(condition: Any, own_key: str | None) -> dict[str, Any]:
+    if type(condition) is not dict:
+        raise BadRequest(f'A condition is an object like {{"key":"a","rev":12}}, not {_shown(condition)}.')
+    if own_key is None or "key" in condition:
+        key = _key(condition, "A condition's `key`")
+    else:
+        key = own_key
+    op = condition.get("op", "=")
+    if type(op) is not str or op not in COMPARISONS:
+        raise BadRequest(f"A condition's `op` is {_listed(['=', '!=', '<', '>'], 'or')}, not {_shown(op)}.")
+    subjects = [name for name in SUBJECTS if name in condition]
+    if len(subjects) != 1:
+        raise BadRequest("A condition tests exactly one of `rev`, `version`, `value` and `exists`.")
+    (subject,) = subjects
+    wanted = condition[subject]
+    if subject in ("rev", "version") and (type(wanted) is not int or wanted < 0):
+        raise BadRequest(f"A condition's `{subject}` is a whole number, 0 for an absent key, not {_shown(wanted)}.")
+    if subject == "exists" and (type(wanted) is not bool or op not in ("=", "!=")):
+        raise BadRequest("A condition's `exists` is true or false, compared with `=` or `!=`.")
+    return {"key": key, "op": op, subject: wanted}
+
+
+# ------------------------------------------------------------------- reads
+
+
+def _scan(request: dict[str, Any]) -> dict[str, Any]:
+    limit = request.get("limit", SCAN_LIMIT)
+    if type(limit) is not int or not 1 <= limit <= SCAN_LIMIT_MAX:
+        raise BadRequest(f"`limit` must be a whole number from 1 to {SCAN_LIMIT_MAX}, not {_shown(limit)}.")
+    flags = {name: request.get(name, False) for name in ("reverse", "keys_only")}
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise BadRequest(f"`{name}` must be true or false, not {_shown(value)}.")
+    return {**_range(request), "limit": limit, **flags}
+
+
+def _range(request: dict[str, Any]) -> dict[str, Any]:
+    bounds = {name: request.get(name) for name in ("prefix", "start", "end")}
+    for name, value in bounds.items():
+        if value is not None:
+            _check_key_size(value, f"`{name}`")
+    prefix, start, end = bounds["prefix"], bounds["start"], bounds["end"]
+    if prefix is None:
+        return {"start": start or "", "end": end}
+    if start is not None or end is not None:
+        raise BadRequest("Give either `prefix`, or `start` and `end`, not both.")
+    return {"start": prefix, "end": prefix_end(prefix)}
+
+
+# ------------------------------------------------------------------- parts
+
+
+def _key(request: dict[str, Any], name: str = "`key`") -> str:
+    key: Any = request.get("key")
+    _check_key_size(key, name)
+    if not key:
+        raise BadRequest(f"{name} must not be empty.")
+    return str(key)
+
+
+def _check_key_size(key: Any, name: str) -> None:
+    if type(key) is not str:
+        raise BadRequest(f"{name} must be a string, not {_shown(key)}.")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise BadRequest(f"{name} holds an unpaired surrogate.") from None
+    if size > KEY_BYTES_MAX:
+        raise TooLarge(f"{name} has {size} bytes, where {KEY_BYTES_MAX} are allowed.")
+
+
+def _refuse_not_yet(request: dict[str, Any]) -> None:
+    for name, sentence in _NOT_YET.items():
+        if request.get(name) is not None:
+            raise BadRequest(sentence)
+
+
+def _refuse_condition(request: dict[str, Any], op: str) -> None:
+    if request.get("if") is not None:
+        raise BadRequest(f"The op {op} takes no `if`; put it into a txn, whose `if` guards it.")
+
+
+def _shown(value: Any) -> str:
+    """`value` as a sentence can show it: as JSON, and short."""
+    if value is None:
+        return "null or nothing"
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = encode(value).decode() if not isinstance(value, str) else encode_string(value[:60]).decode()
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _listed(names: list[str], word: str = "and") -> str:
+    return f"{', '.join(names[:-1])} {word} {names[-1]}"
+
+
+def _prepared_read(request: dict[str, Any]) -> Prepared:
+    command = prepare_read(request)
+    return encode(command), command
+
+
+_PREPARE: Final[dict[str, Callable[[dict[str, Any]], Prepared]]] = {
+    "put": _put,
+    "delete": _delete,
+    "incr": _incr,
+    "batch": _batch,
+    "txn": _txn,
+}
+_IN_TXN: Final[dict[str, Callable[[dict[str, Any]], Prepared]]] = {
+    "put": _put,
+    "delete": _delete,
+    "incr": _incr,
+    "get": _prepared_read,
+    "scan": _prepared_read,
+    "count": _prepared_read,
+}
