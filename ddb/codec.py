@@ -14,6 +14,7 @@ out: a connection belongs to one pair of members, so the receiver knows them.
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ from ddb.messages import (
     Configuration,
     ElectionReply,
     ElectionRequest,
+    Forward,
+    ForwardReply,
     InstallSnapshot,
     Message,
     ReadReply,
@@ -98,6 +101,10 @@ def encode_message(message: Message) -> bytes:
     """The JSON object that says `message` to a peer."""
     if type(message) is Append:
         return _encode_append(message)
+    if type(message) is Forward:
+        return b'{"m":"forward","ticket":%d,%b}' % (message.ticket, _sized(b"entries", message.entries))
+    if type(message) is ForwardReply:
+        return b'{"m":"forwarded","ticket":%d,%b}' % (message.ticket, _sized(b"replies", message.replies))
     values: dict[str, Any] = {"m": _NAMES[type(message)]}
     for name in _FIELDS[type(message)]:
         value = getattr(message, name)
@@ -109,8 +116,16 @@ def decode_message(payload: bytes, src: str, dst: str) -> Message:
     """The message that `payload` says, sent by member `src` to `dst`. Raises BadRequest where it is none."""
     value = wire.decode_trusted(payload)
     kind = value.get("m")
-    if kind == "append":
-        return _decode_append(value, payload, src, dst)
+    try:
+        if kind == "append":
+            return _decode_append(value, payload, src, dst)
+        if kind == "forward":
+            entries = _cut(payload, value["sizes"], value["entries"])
+            return Forward(src, dst, _whole(value["ticket"]), entries, tuple(value["entries"]))
+        if kind == "forwarded":
+            return ForwardReply(src, dst, _whole(value["ticket"]), _cut(payload, value["sizes"], value["replies"]))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise BadRequest(f"a peer sent a message that can't be read: {error!r}") from None
     cls = _KINDS.get(kind) if type(kind) is str else None
     if cls is None:
         raise BadRequest(f"a peer sent a message of unknown kind {kind!r}")
@@ -129,30 +144,41 @@ def _encode_append(m: Append) -> bytes:
         extra += b'"digest":[%d,%d],' % m.digest
     if m.confirmed:
         extra += b'"confirmed":true,'
-    return (
-        b'{"m":"append","term":%d,"prev":[%d,%d],"commit":%d,"round":%d,%b"sizes":[%b],"batches":[%b]}' % (
-            m.term, m.prev_index, m.prev_term, m.commit, m.round, extra,
-            b",".join([b"%d" % len(b.data) for b in m.batches]),
-            b",".join([b.data for b in m.batches]),
-        )
+    return b'{"m":"append","term":%d,"prev":[%d,%d],"commit":%d,"round":%d,%b%b}' % (
+        m.term, m.prev_index, m.prev_term, m.commit, m.round, extra, _sized(b"batches", [b.data for b in m.batches])
     )  # fmt: skip
 
 
 def _decode_append(value: dict[str, Any], payload: bytes, src: str, dst: str) -> Append:
-    try:
-        prev_index, prev_term = value["prev"]
-        numbers = (value["term"], prev_index, prev_term, value["commit"], value["round"])
-        sizes: list[int] = value["sizes"]
-        if any(type(n) is not int or n < 0 for n in (*numbers, *sizes)) or len(sizes) != len(value["batches"]):
-            raise ValueError("its numbers are not whole")
-        position = len(payload) - 2 - sum(sizes) - max(0, len(sizes) - 1)  # "]}" ends it, "," stands between
-        if payload[position - 1 : position] != b"[" or not payload.endswith(b"]}"):
-            raise ValueError("its sizes don't fit")
-        batches: list[Batch] = []
-        for size, batch in zip(sizes, value["batches"], strict=True):
-            batches.append(batch_from_json(batch, payload[position : position + size]))
-            position += size + 1
-        digest = (int(value["digest"][0]), int(value["digest"][1])) if "digest" in value else None
-        return Append(src, dst, *numbers, tuple(batches), digest, value.get("confirmed") is True)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BadRequest(f"a peer sent an append that can't be read: {error!r}") from None
+    prev_index, prev_term = value["prev"]
+    numbers = [_whole(n) for n in (value["term"], prev_index, prev_term, value["commit"], value["round"])]
+    texts = _cut(payload, value["sizes"], value["batches"])
+    batches = tuple(map(batch_from_json, value["batches"], texts))
+    digest = (_whole(value["digest"][0]), _whole(value["digest"][1])) if "digest" in value else None
+    return Append(src, dst, *numbers, batches, digest, value.get("confirmed") is True)
+
+
+def _sized(name: bytes, texts: Sequence[bytes]) -> bytes:
+    """The last two fields of a message that carries `texts` as they are, so that `_cut` finds them again."""
+    sizes = b",".join([b"%d" % len(text) for text in texts])
+    return b'"sizes":[%b],"%b":[%b]' % (sizes, name, b",".join(texts))
+
+
+def _cut(payload: bytes, sizes: list[int], values: list[Any]) -> tuple[bytes, ...]:
+    """The bytes of each of the `values` that end `payload`. Raises ValueError where the sizes don't fit."""
+    if len(sizes) != len(values) or any(type(size) is not int or size < 1 for size in sizes):
+        raise ValueError("its sizes are not whole")
+    position = len(payload) - 2 - sum(sizes) - max(0, len(sizes) - 1)  # "]}" ends it, "," stands between
+    if payload[position - 1 : position] != b"[" or not payload.endswith(b"]}"):
+        raise ValueError("its sizes don't fit")
+    texts: list[bytes] = []
+    for size in sizes:
+        texts.append(payload[position : position + size])
+        position += size + 1
+    return tuple(texts)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value

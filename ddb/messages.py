@@ -267,6 +267,27 @@ class SnapshotReply:
     installed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A follower passes its clients' writes on, each already encoded as a log entry."""
+
+    src: str
+    dst: str
+    ticket: int
+    entries: tuple[bytes, ...]
+    commands: tuple[Command, ...] = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardReply:
+    """The leader's replies to a Forward, in its order; none where it does not lead: then nothing was done."""
+
+    src: str
+    dst: str
+    ticket: int
+    replies: tuple[bytes, ...]
+
+
 Message = (
     Append
     | AppendReply
@@ -279,4 +300,6 @@ Message = (
     | ReadReply
     | InstallSnapshot
     | SnapshotReply
+    | Forward
+    | ForwardReply
 )
