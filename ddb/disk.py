@@ -1,11 +1,12 @@
 """The few things that the log asks of an operating system, as one narrow seam.
 
 Laws: `log.py` and its rooms touch the world only through a `Disk`, so the simulator can put a disk that tears,
-forgets and fills up in its place. Nothing here retries, buffers or decides: an error is raised as the `OSError` that it was.
+forgets and fills up in its place. Nothing here retries, buffers or decides: an error is raised as the `OSError` that
+it was.
 
 Theory. What has been written is durable only after `fdatasync` of its file has returned; that a *name* exists is
-durable only after `fsync_dir` of its directory has. Between the two calls a crash may leave any subset of the sectors that
-were written, and any subset of the names (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014).
+durable only after `fsync_dir` of its directory has. Between the two calls a crash may leave any subset of the sectors
+that were written, and any subset of the names (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014).
 """
 
 from __future__ import annotations

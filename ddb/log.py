@@ -4,17 +4,19 @@ Laws:
 
 1. Nothing is reported saved before the fdatasync that covers it has returned. A failed fsync is never retried: after it
    nobody knows what the disk holds, and the process must end.
-2. Strictly append-only. A suffix that a new leader overrules is cut by a later record, never edited; term and vote are records too.
+2. Strictly append-only. A suffix that a new leader overrules is cut by a later record, never edited; term and vote
+   are records too.
 3. A batch's bytes go to disk as they came, and come back the same or not at all: every read verifies the checksum.
 4. A full disk loses nothing and acknowledges nothing: the group waits, and is written again at the same place.
 
-Theory. The log is a row of segments, `00000001.log` and on, of records, one a line (`record.py`). Each begins with a header that carries
-term, vote and the (index, term) before its first batch, so the segments before it can be dropped once a snapshot covers
-them. All that was handed in since the last sync is one *group*: one write, one fdatasync (`segment.py`). `recovery.py` reads
-it all again and judges damage.
+Theory. The log is a row of segments, `00000001.log` and on, of records, one a line (`record.py`). Each begins with a
+header that carries term, vote and the (index, term) before its first batch, so the segments before it can be dropped
+once a snapshot covers them. All that was handed in since the last sync is one *group*: one write, one fdatasync
+(`segment.py`). `recovery.py` reads it all again and judges damage.
 
 `Log` is the plain thing: `write` collects, `sync` makes durable. `LogWriter` runs one in a thread of its own, and
-turns what piles up during one fdatasync into the next group: group commit. The busier it is, the more entries share one.
+turns what piles up during one fdatasync into the next group: group commit. The busier it is, the more entries share
+one.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ _log = logging.getLogger(__name__)
 class Log:
     """The log in one directory. Open it with `Log.open`; a context manager.
 
-    `write`, `sync` and `close` belong to one thread. `read` and `drop_below` may be called from any other meanwhile: they see
-    what is durable. `hard_state`, `base`, `last` and `batches` are what was recovered; the first three then follow what is synced.
+    `write`, `sync` and `close` belong to one thread. `read` and `drop_below` may be called from any other meanwhile:
+    they see what is durable. `hard_state`, `base`, `last` and `batches` are what was recovered; the first three then
+    follow what is synced.
     """
 
     def __init__(self, directory: Directory, segment_bytes_max: int, repair: bool) -> None:
@@ -82,9 +85,9 @@ class Log:
     ) -> Log:
         """Recover the log in `directory`, or begin one there.
 
-        A damaged tail is cut, which `tail_cut` and `hard_state.doubt` tell. A segment grows to `segment_bytes_max`, or one group, whichever
-        is more. `repair` cuts damage before valid records too. Raises CorruptLog for such damage without it, and StartupError where
-        the directory can't be used.
+        A damaged tail is cut, which `tail_cut` and `hard_state.doubt` tell. A segment grows to `segment_bytes_max`,
+        or one group, whichever is more. `repair` cuts damage before valid records too. Raises CorruptLog for such
+        damage without it, and StartupError where the directory can't be used.
         """
         path, disk = Path(directory), disk or OsDisk()
         try:
@@ -115,8 +118,8 @@ class Log:
     ) -> None:
         """Take into the group that the next `sync` makes durable, in this order: `hard_state`, `reset`, `batches`.
 
-        A batch that begins at or below the last index takes the place of the suffix from there on. `reset` (index, term) says that a snapshot
-        at that index takes the place of everything before.
+        A batch that begins at or below the last index takes the place of the suffix from there on. `reset` (index,
+        term) says that a snapshot at that index takes the place of everything before.
         """
         group = self._group
         if hard_state is not None:
@@ -169,8 +172,8 @@ class Log:
     def sync(self) -> None:
         """Make all that was written since the last sync durable: one write, one fdatasync.
 
-        Raises ReadOnly where the disk is full: the group is kept, and the call may be made again. After any other error, which is an
-        OSError, the log can't be written any more: end the process.
+        Raises ReadOnly where the disk is full: the group is kept, and the call may be made again. After any other
+        error, which is an OSError, the log can't be written any more: end the process.
         """
         group = self._group
         if not group.payloads:
@@ -250,7 +253,7 @@ class Log:
         raise Compacted(f"the log keeps no batch that begins at {first}; it begins at {oldest}", oldest=oldest)
 
     def replay(self, after: int) -> Iterator[Batch]:
-        """The recovered batches with entries past index `after`, in order, each decoded with its commands when its turn comes."""
+        """The recovered batches with entries past index `after`, in order, each decoded when its turn comes."""
         for batch in self.batches[bisect_right(self.batches, after, key=attrgetter("last")) :]:
             yield decode_batch(self.read(batch.first))
 
@@ -302,9 +305,10 @@ _Save = tuple[HardState | None, Sequence[Batch], tuple[int, int] | None]
 class LogWriter:
     """Group commit: a thread that syncs what has been saved, all that waits at once.
 
-    `save` only queues. The thread answers through `post`, which must run its arguments on the loop's thread: `on_saved(ticket)` when
-    all up to that ticket is durable; `on_space(False)` when the disk turns out to be full, `on_space(True)` when there is room again; and
-    `on_failure(error)` when the disk fails, after which nothing is written any more and the process must end.
+    `save` only queues. The thread answers through `post`, which must run its arguments on the loop's thread:
+    `on_saved(ticket)` when all up to that ticket is durable; `on_space(False)` when the disk turns out to be full,
+    `on_space(True)` when there is room again; and `on_failure(error)` when the disk fails, after which nothing is
+    written any more and the process must end.
     """
 
     def __init__(

@@ -5,17 +5,18 @@ Laws: pure; a line either checks out whole or is no record; a batch's bytes are 
 Theory. A record is
 
     LENGTH GROUP CRC JSON LF
-    117 206 9b5de1a4 {"first":1,"last":2,"term":1,"at":1690000000000,"entries":[["put","city","Oslo"],["delete","village"]]}
+    97 85 3e77b549 {"first":1,"last":2,"term":1,"at":1690000000000,"entries":[["put","city","Oslo"],["delete","a"]]}
 
 * LENGTH: the bytes of JSON, in decimal. JSON contains no line feed, so a line is a record and a record is a line.
 * GROUP: the offset in this file at which the *group* begins that the record belongs to. A group is what one write put
-  down and one fdatasync made durable; the next group is written only after that. So a record of a group that begins at 500
-  proves that every byte before 500 was once durable. It is what tells a torn write (sectors of the last, never
+  down and one fdatasync made durable; the next group is written only after that. So a record of a group that begins
+  at 500 proves that every byte before 500 was once durable. It is what tells a torn write (sectors of the last, never
   acknowledged group missing, in any order) from damage to what was acknowledged.
 * CRC: CRC-32 of `GROUP SPACE JSON`, eight lower-case hex digits.
 
-A string inside the JSON may well look like a record, and even have a right checksum, but never be one: from the middle of a
-JSON string on, the quotes of the rest don't pair up, so the rest is no JSON object. `search` therefore demands valid JSON.
+A string inside the JSON may well look like a record, and even have a right checksum, but never be one: from the
+middle of a JSON string on, the quotes of the rest don't pair up, so the rest is no JSON object. `search` therefore
+demands valid JSON.
 
 What the JSON may be:
 
@@ -126,8 +127,7 @@ def search(buffer: bytes, start: int) -> Iterator[Line]:
     """All that checks out as a record anywhere from `start` of `buffer` on, whatever lies between."""
     at = start
     while (match := _PREFIX.search(buffer, at)) is not None:
-        at = match.start() + 1
-        # the digits of a longer number are tried one by one from the left: a record's own LENGTH may follow garbage digits
+        at = match.start() + 1  # digit by digit: a record's LENGTH may follow digits that are garbage
         line = line_at(buffer, match.start())
         if line is not None and _is_object(line.payload):
             yield line
@@ -174,7 +174,7 @@ def decode(payload: bytes) -> Record:
         value = json.loads(payload)
         if "ddb" in value:
             if value["ddb"] != FORMAT:
-                raise ValueError(f"log format {value['ddb']} is not known to this version, which writes format {FORMAT}")
+                raise ValueError(f"it is of log format {value['ddb']}, and this version knows only {FORMAT}")
             return Header(value["segment"], _hard_state(value), (value["after"][0], value["after"][1]))
         if "cut" in value:
             return Cut(value["cut"]["index"], value["cut"]["term"])

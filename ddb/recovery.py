@@ -7,17 +7,19 @@ Laws:
 2. Doubt is durable before the bytes that raised it are gone, so no crash in between can hide it.
 3. Whatever recovery does can be interrupted at any point and done again.
 
-Theory. Reading stops at the first byte that does not continue the log: the *damage*. Line feeds up to the end of a file are reserve and
-mean nothing; zero bytes are never written, so they are damage. What matters is the evidence behind it. A group is written
-only after the group before it is durable, and a segment is named only after its header and all before it are. So, if a valid
-record behind the damage belongs to a group that *begins* behind it, or to a later segment, then the damaged bytes were once durable and
-perhaps acknowledged to a leader: CorruptLog. If not, the damaged group is the last one. It was torn by a crash, most likely, and never
-acknowledged; but a disk that loses its last sectors looks the same. So the tail is cut and the hard state says `doubt`: this
-member's vote and acknowledgements may be forgotten ones, and count for nothing until a leader has confirmed its log.
-(Alagappan et al., "Protocol-Aware Recovery for Consensus-Based Storage", FAST 2018, shows what goes wrong without the distinction.)
+Theory. Reading stops at the first byte that does not continue the log: the *damage*. Line feeds up to the end of a
+file are reserve and mean nothing; zero bytes are never written, so they are damage. What matters is the evidence
+behind it. A group is written only after the group before it is durable, and a segment is named only after its header
+and all before it are. So, if a valid record behind the damage belongs to a group that *begins* behind it, or to a
+later segment, then the damaged bytes were once durable and perhaps acknowledged to a leader: CorruptLog. If not, the
+damaged group is the last one. It was torn by a crash, most likely, and never acknowledged; but a disk that loses its
+last sectors looks the same. So the tail is cut and the hard state says `doubt`: this member's vote and
+acknowledgements may be forgotten ones, and count for nothing until a leader has confirmed its log. (Alagappan et al.,
+"Protocol-Aware Recovery for Consensus-Based Storage", FAST 2018, shows what goes wrong without the distinction.)
 
-`repair=True` treats damage with evidence as a tail: it cuts there too, keeps what it cuts in side files named `*.damaged`, and carries the newest term
-and vote found in them over. What the cut entries said must then come from the leader.
+`repair=True` treats damage with evidence as a tail: it cuts there too, keeps what it cuts in side files named
+`*.damaged`, and carries the newest term and vote found in them over. What the cut entries said must then come from
+the leader.
 """
 
 from __future__ import annotations
@@ -37,7 +39,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Recovered:
-    """What the log says. `base` and `last` are (index, term): of the entry before the first batch, and of the last entry."""
+    """What the log says.
+
+    `base` and `last` are (index, term): of the entry before the first batch, and of the last entry.
+    """
 
     hard_state: HardState = field(default_factory=HardState)
     base: tuple[int, int] = (0, 0)
@@ -58,8 +63,8 @@ class _Damage:
 def recover(directory: Directory, repair: bool) -> Recovered:
     """Open the log in `directory`, made when there is none.
 
-    Returns it with at least one segment open for appending. Raises CorruptLog for damage before valid records unless `repair`,
-    and OSError.
+    Returns it with at least one segment open for appending. Raises CorruptLog for damage before valid records unless
+    `repair`, and OSError.
     """
     numbers = _tidy(directory)
     log = Recovered()
@@ -98,7 +103,7 @@ def _tidy(directory: Directory) -> list[int]:
 
 
 def _read(directory: Directory, numbers: list[int], log: Recovered) -> _Damage | None:
-    """Read the segments into `log`, up to the first damage; the damaged segment is among `log.segments` if it has a header."""
+    """Read the segments into `log`, up to the first damage, whose own segment is the last of `log.segments`."""
     for expected, number in enumerate(numbers, numbers[0]):
         if number != expected:
             return _Damage(expected, 0, "the file is missing")
@@ -207,8 +212,8 @@ def _newest(state: HardState, evidence: Iterator[Line]) -> HardState:
             record = record.hard_state
         elif isinstance(record, Batch):
             record = HardState(record.term)
-        if isinstance(record, HardState) and (record.term, record.vote is not None) >= (state.term, state.vote is not None):
-            state = record
+        if isinstance(record, HardState):
+            state = max(state, record, key=lambda s: (s.term, s.vote is not None))
     return state
 
 
@@ -238,8 +243,8 @@ def _free_name(directory: Directory, path: Path) -> Path:
 def _cut(directory: Directory, numbers: list[int], damage: _Damage, log: Recovered, keep: bool) -> None:
     """Make `log.hard_state`, with its doubt, the last record before the damage, and take away what follows.
 
-    The order is the law: the record first, over the damage itself; then the later segments, the last one first, so that no gap
-    shows; then the rest of the damaged file. Interrupted anywhere, the next start finds damage again.
+    The order is the law: the record first, over the damage itself; then the later segments, the last one first, so
+    that no gap shows; then the rest of the damaged file. Interrupted anywhere, the next start finds damage again.
     """
     disk = directory.disk
     if log.segments[-1].end == 0:

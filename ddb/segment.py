@@ -1,12 +1,14 @@
 """One file of the log, open: where it ends, what lies where, and how a group is put at its end.
 
-Laws: what has been made durable is never written over. A file has its name (`00000001.log`) only once its header is durable: until then it
-is called `00000001.log.new`, and whatever bears such a name after a crash is litter. So a named segment without a valid header is damaged.
+Laws: what has been made durable is never written over. A file has its name (`00000001.log`) only once its header is
+durable: until then it is called `00000001.log.new`, and whatever bears such a name after a crash is litter. So a
+named segment without a valid header is damaged.
 
-Theory. Appending to a file makes fdatasync commit the file's new length and blocks too; writing into space that was written
-before does not, which halves its time (docs/architecture.md). So a write that reaches the end of the written space goes down together with a
-run of line feeds behind it, the *reserve*, that the following writes then overwrite. The reserve is made durable by the
-same fdatasync, and cut off when the segment is finished. Where there is no room for a reserve, there is none.
+Theory. Appending to a file makes fdatasync commit the file's new length and blocks too; writing into space that was
+written before does not, which halves its time (docs/architecture.md). So a write that reaches the end of the written
+space goes down together with a run of line feeds behind it, the *reserve*, that the following writes then overwrite.
+The reserve is made durable by the same fdatasync, and cut off when the segment is finished. Where there is no room
+for a reserve, there is none.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ Place = tuple[int, int, int, int]  # a batch's last index and term, its line's o
 class Segment:
     """The open file `number`. `end` is where its last durable record ends; up to `reserved` it has been written.
 
-    `places` says where the batches are, by their first index, ascending: a dict keeps the order of insertion, and a batch that
-    goes in before others has taken their place and pushed them out.
+    `places` says where the batches are, by their first index, ascending: a dict keeps the order of insertion, and a
+    batch that goes in before others has taken their place and pushed them out.
     """
 
     number: int
@@ -68,8 +70,8 @@ class Segment:
     def append(self, disk: Disk, lines: list[bytes], reserve_bytes: int) -> bool:
         """Put `lines` at the end, durably; returns whether new space was reserved.
 
-        Raises ReadOnly where there is no room: nothing is left behind then, and the same call may be made again. Any other
-        OSError leaves the file in an unknown state: it must not be written again.
+        Raises ReadOnly where there is no room: nothing is left behind then, and the same call may be made again. Any
+        other OSError leaves the file in an unknown state: it must not be written again.
         """
         data = b"".join(lines)
         reserving = self.end + len(data) > self.reserved
@@ -140,7 +142,7 @@ def corrupt(path: Path, offset: int, reason: str) -> CorruptLog:
     data_dir = path.parent.parent
     return CorruptLog(
         f"the log is damaged before records that are valid: {path}, byte {offset}: {reason}. Nothing has been changed. "
-        f"To give up what follows and fetch it from the leader again: python -m ddb.node --data-dir {data_dir} --repair",
+        f"To give up what follows and fetch it from the leader: python -m ddb.node --data-dir {data_dir} --repair",
         file=str(path),
         offset=offset,
     )
