@@ -43,6 +43,7 @@ from types import TracebackType
 from typing import Any, Final, Literal
 
 from ddb import wire
+from ddb.commands import prefix_end
 from ddb.errors import BY_CODE, BadRequest, DdbError, Internal, OutcomeUnknown, Timeout, Unreachable
 
 Condition = Mapping[str, Any]
@@ -150,12 +151,14 @@ def connect(
     registry: str | None = None,
     timeout_s: float = TIMEOUT_S,
     discover: bool = True,
+    unreachable_s: float | None = None,
 ) -> Client:
     """A client of the cluster whose nodes are at `servers` ("HOST:PORT,HOST:PORT" or a list of these), or that the
     `registry` at "HOST:PORT" knows. One reachable server is enough: the others are learnt from it, unless
     `discover` is False.
 
-    `timeout_s` is how long a call may take that does not say itself. Nothing is sent before the first call. Raises
+    `timeout_s` is how long a call may take that does not say itself, `unreachable_s` how long it goes on where no
+    server can be reached at all (as long when not given). Nothing is sent before the first call. Raises
     BadRequest where an address is no address, or none is given.
     """
     listed = servers.split(",") if isinstance(servers, str) else list(servers or ())
@@ -164,7 +167,8 @@ def connect(
         registry = wire.format_address(*wire.parse_address(registry))
     if not addresses and registry is None:
         raise BadRequest("No server is named; give HOST:PORT of a node, or registry=HOST:PORT.")
-    return Client(addresses, registry=registry, timeout_s=timeout_s, discover=discover)
+    patience_s = timeout_s if unreachable_s is None else unreachable_s
+    return Client(addresses, registry=registry, timeout_s=timeout_s, discover=discover, unreachable_s=patience_s)
 
 
 class Client:
@@ -175,8 +179,17 @@ class Client:
     have happened; `BadRequest`, `TooLarge`, … as docs/protocol.md says.
     """
 
-    def __init__(self, servers: Sequence[str], *, registry: str | None, timeout_s: float, discover: bool) -> None:
+    def __init__(
+        self,
+        servers: Sequence[str],
+        *,
+        registry: str | None = None,
+        timeout_s: float = TIMEOUT_S,
+        discover: bool = True,
+        unreachable_s: float = TIMEOUT_S,
+    ) -> None:
         self.timeout_s = timeout_s
+        self.unreachable_s = unreachable_s
         self._given = list(servers)
         self._learnt: list[str] = []
         self._registry = registry
@@ -252,15 +265,13 @@ class Client:
         self, prefix: str | None = None, *, start: str | None = None, end: str | None = None
     ) -> Iterator[Item]:
         """Every item of a range, page by page. Each page is consistent in itself; between pages time goes on."""
+        request: dict[str, Any] = {"op": "scan", **_range(prefix, start, end)}
         while True:
-            page = self.scan(prefix, start=start, end=end)
-            yield from page.items
-            if not page.more or not page.items:
+            page = self.call(request)
+            yield from map(_item, page["items"])
+            if not page["more"] or not page["items"]:
                 return
-            if prefix is not None:
-                end = _after_prefix(prefix)
-                prefix = None
-            start = page.items[-1].key + "\0"  # the least key behind it
+            request = next_page(request, page["items"][-1]["key"])
 
     def count(
         self,
@@ -446,7 +457,8 @@ class _Call:
         self.client = client
         self.request = dict(request)
         self.at = at
-        self.deadline = time.monotonic() + timeout_s
+        self.began = time.monotonic()
+        self.deadline = self.began + timeout_s
         op = self.request.get("op")
         self.repeatable = op in REPEATABLE
         self.local = op in LOCAL or self.request.get("read") == "stale"
@@ -490,13 +502,16 @@ class _Call:
         """A round is over, and nobody served. Sleep a while, learn what may have changed, and begin another one; raise
         what was heard where there is no time for it, or where only one server may be asked and can't be reached."""
         pause_s = random.uniform(0, self.pause_s)
-        unreachable = all(isinstance(e, Unreachable) for e in self.failures.values())
-        if time.monotonic() + pause_s >= self.deadline or (self.at is not None and unreachable):
+        end = self.deadline
+        if all(isinstance(e, Unreachable) for e in self.failures.values()):
+            end = min(end, self.began + (0 if self.at is not None else self.client.unreachable_s))
+        if time.monotonic() + pause_s >= end:
             raise self._verdict()
         time.sleep(pause_s)
         self.pause_s = min(2 * self.pause_s, BACKOFF_MAX_S)
         self.attempt_s *= 2
         self.tried.clear()
+        self.failures.clear()
         if self.client._registry is not None:
             self.client._ask_registry(self.deadline)
 
@@ -675,13 +690,13 @@ def _range(prefix: str | None, start: str | None, end: str | None) -> dict[str, 
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def _after_prefix(prefix: str) -> str | None:
-    """The least string above all that begin with `prefix`, None where there is none (only U+10FFFF throughout)."""
-    kept = prefix.rstrip("\U0010ffff")
-    if not kept:
-        return None
-    last = ord(kept[-1]) + 1
-    return kept[:-1] + chr(0xE000 if 0xD800 <= last < 0xE000 else last)  # no string holds a surrogate
+def next_page(request: Mapping[str, Any], last_key: str) -> dict[str, Any]:
+    """The scan `request` for what lies behind `last_key`, the last one of its page."""
+    following = {name: value for name, value in request.items() if name != "prefix"}
+    if "prefix" in request:
+        following.update(_range(None, request["prefix"], prefix_end(request["prefix"])))
+    following.update({"end": last_key} if request.get("reverse") else {"start": last_key + "\0"})
+    return following
 
 
 def _addresses(texts: Sequence[Any]) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 import ddb
 from ddb import errors
-from ddb.client import Client, Item, _after_prefix, _from_wire, _to_wire
+from ddb.client import Client, Item, _from_wire, _to_wire, next_page
 from tests.fake_server import FakeServer, failure
 from tests.harness import wait
 
@@ -130,11 +130,10 @@ def test_scan_all_goes_on_behind_the_last_key(server: FakeServer) -> None:
     assert server.requests[1] == {"op": "scan", "start": "a1\0", "end": "b", "timeout": server.requests[1]["timeout"]}
 
 
-def test_the_end_of_a_prefix_is_the_least_string_above_it() -> None:
-    assert _after_prefix("ab") == "ac"
-    assert _after_prefix("a\U0010ffff") == "b"
-    assert _after_prefix("\U0010ffff") is None
-    assert _after_prefix("\ud7ff") == "\ue000"
+def test_the_next_page_goes_on_from_the_last_key_in_either_direction() -> None:
+    assert next_page({"op": "scan", "prefix": "ab"}, "abc") == {"op": "scan", "start": "abc\0", "end": "ac"}
+    assert next_page({"prefix": "ab", "reverse": True}, "abc") == {"start": "ab", "end": "abc", "reverse": True}
+    assert next_page({"prefix": "\U0010ffff"}, "\U0010ffffx") == {"start": "\U0010ffffx\0"}
 
 
 # What it repeats, and what not
@@ -224,6 +223,13 @@ def test_nobody_there_is_unreachable_and_definite() -> None:
     with ddb.connect(address) as db, pytest.raises(errors.Unreachable) as caught:
         db.put("k", 1, timeout_s=0.2)
     assert caught.value.definite and address in caught.value.message
+
+
+def test_when_nobody_can_be_reached_it_goes_on_no_longer_than_asked_to() -> None:
+    began = time.monotonic()
+    with ddb.connect(free_address(), unreachable_s=0.05, timeout_s=30) as db, pytest.raises(errors.Unreachable):
+        db.put("k", 1)
+    assert time.monotonic() - began < 10
 
 
 def test_a_server_of_another_kind_is_named(server: FakeServer) -> None:
