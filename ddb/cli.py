@@ -76,7 +76,11 @@ def _run(args: argparse.Namespace) -> int:
             Path(args.dir), args.nodes, args.host, args.port, args.registry_port, args.election, args.ready_timeout
         )
         return up.run(settings, lambda line: print(line, flush=True), overview.wants_colour(sys.stdout))
-    with connect(args.server, timeout_s=args.timeout, discover=False, unreachable_s=UNREACHABLE_S) as client:
+    try:
+        connected = connect(args.server, timeout_s=args.timeout, discover=False, unreachable_s=UNREACHABLE_S)
+    except DdbError as error:
+        raise UsageError(error.message) from None
+    with connected as client:
         code: int = args.run(client, args)
         return code
 
@@ -364,7 +368,11 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line."""
+    """An argument parser whose complaint is one line, and which takes no abbreviations: they'd break when options are
+    added."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {message}. Try: {self.prog} --help\n")
