@@ -299,7 +299,7 @@ def holds(table: Table, condition: dict[str, Any]) -> bool:
     if "version" in condition:
         return _compare(0 if row is None else row[3], op, condition["version"])
     if "exists" in condition:
-        return (row is not None) is (condition["exists"] is (op == "="))
+        return _compare(row is not None, op, condition["exists"])
     wanted = condition["value"]
     if row is None:
         return bool(op == "!=")

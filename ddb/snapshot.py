@@ -1,0 +1,327 @@
+"""The snapshot file: what the database is on disk, and how it is known to be whole.
+
+Laws:
+
+* A file under its final name is always a whole database. It is made or received under another name, fsynced, renamed,
+  and its directory fsynced.
+* Nothing read from it is believed before its checksum has been compared.
+* It opens with plain `sqlite3`, and says what it holds in words and JSON.
+
+Theory. Two tables. `kv` has a row for each key (kv.py says what a row is). `meta` says in a few named texts which
+state this is: `applied` and `term`, the last log entry in it; `configuration`, the members as of then; `count`
+and `digest` of the rows; and `crc` over these texts. SQLite commits both in one transaction, so that the
+rows and the index they belong to can't part.
+
+SQLite does not notice bit rot: of single flipped bits, most pass `integrity_check` and change what is read. So each
+row carries a checksum, which reads compare (a row that is there is right), and `verify` walks all of them
+and compares their sum with `digest` (no row is missing, hidden or there twice). The schema itself is compared with
+what this program would have written, for a flipped bit may sit in a column's type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+from zlib import crc32
+
+from ddb.errors import CorruptStore, ReadOnly, StartupError
+from ddb.kv import DIGEST_MASK, Row, checksum
+from ddb.messages import Configuration
+from ddb.wire import decode_trusted, encode
+
+logger = logging.getLogger(__name__)
+
+FORMAT: Final = "1"
+KV: Final = (
+    "CREATE TABLE kv (key TEXT PRIMARY KEY, value TEXT, rev INT, created INT, version INT, crc INT) WITHOUT ROWID"
+)
+META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
+SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
+PAUSE_EVERY_ROWS: Final = 500
+PAUSE_S: Final = 0.0005  # long enough for a waiting loop thread to get the interpreter
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """Which state a snapshot is: all entries up to `applied`, which is of `term`, and nothing after it."""
+
+    applied: int = 0
+    term: int = 0
+    configuration: Configuration | None = None
+    digest: int = 0
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A consistent copy of a snapshot file, closed and fsynced, with what the receiver needs to check it."""
+
+    path: Path
+    meta: Meta
+    size_bytes: int
+    sha256: str
+
+
+# ------------------------------------------------------------- connections
+
+
+def connect(path: Path, *, frozen: bool = False) -> sqlite3.Connection:
+    """A connection to the existing database at `path`. With `frozen`, nothing is written, not even a lock file; the
+    caller knows that nobody changes the file. Raises sqlite3.Error."""
+    mode = "mode=ro&immutable=1" if frozen else "mode=rw"
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30.0
+    )
+    try:
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA cell_size_check=ON")
+        connection.execute("PRAGMA trusted_schema=OFF")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def translated(error: sqlite3.Error, path: Path) -> Exception:
+    """The error to raise in the place of `error`, met while working with the database at `path`.
+
+    ReadOnly for a full disk, which may pass; StartupError where the file can't be used as things are; OSError
+    where the disk failed; CorruptStore where the file says what it can't say.
+    """
+    if isinstance(error, sqlite3.ProgrammingError | sqlite3.InterfaceError):
+        return error
+    code = getattr(error, "sqlite_errorcode", None)
+    kind = sqlite3.SQLITE_CORRUPT if code is None else code & 0xFF
+    if kind == sqlite3.SQLITE_FULL:
+        return ReadOnly(f"The disk is full, so the snapshot {path} could not be written ({error}); free some space.")
+    if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StartupError(f"Another program uses the snapshot {path} ({error}); end it first.")
+    if kind in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_AUTH):
+        return not_writable(path, error)
+    if kind == sqlite3.SQLITE_NOMEM:
+        return MemoryError(str(error))
+    if kind == sqlite3.SQLITE_IOERR and code != sqlite3.SQLITE_IOERR_SHORT_READ:
+        return OSError(f"The disk failed under the snapshot {path}: {error} (SQLite error {code}).")
+    return corrupt(path, str(error))
+
+
+def not_writable(path: Path, reason: object) -> StartupError:
+    """The error that says that the file at `path` can't be opened or made."""
+    return StartupError(f"The snapshot {path} can't be opened for writing ({reason}); check its permissions.")
+
+
+def corrupt(path: Path, what: str) -> CorruptStore:
+    """The error that says `what` is wrong with the file at `path`."""
+    return CorruptStore(
+        f"The snapshot {path} is damaged: {what}. Move it away and start again: the node then syncs from the leader.",
+        file=str(path),
+    )
+
+
+@contextmanager
+def errors(path: Path) -> Iterator[None]:
+    """Within it, an error of SQLite about `path` becomes one of `translated`'s."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise translated(error, path) from error
+
+
+# ------------------------------------------------------------------- files
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in the directory `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_side_files(path: Path) -> None:
+    """Remove what SQLite may have left beside the database at `path`, which nobody has open: they belong to that very
+    file, and would damage another one under its name."""
+    for suffix in ("-wal", "-shm", "-journal"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def put_in_place(new: Path, path: Path) -> None:
+    """Give the closed and fsynced database file `new` the name `path`, durably, in the place of the one there.
+
+    Side files of the old one go first, and durably: a crash in between must not leave them beside the new one.
+    """
+    remove_side_files(path)
+    fsync_directory(path.parent)
+    os.replace(new, path)
+    fsync_directory(path.parent)
+
+
+def create(path: Path) -> None:
+    """Make an empty database at `path`, whole or not at all. Raises StartupError, ReadOnly or OSError."""
+    new = Path(f"{path}.new")
+    new.unlink(missing_ok=True)
+    remove_side_files(new)
+    new.touch()
+    with errors(path), closing(connect(new)) as connection:
+        connection.execute("BEGIN")
+        connection.execute(KV)
+        connection.execute(META)
+        write_meta(connection, Meta())
+        connection.execute("COMMIT")
+    put_in_place(new, path)
+
+
+# -------------------------------------------------------------------- meta
+
+
+def write_meta(connection: sqlite3.Connection, meta: Meta) -> None:
+    """Make `meta` the state that the database says it is, inside the open transaction."""
+    texts = {
+        "format": FORMAT,
+        "applied": str(meta.applied),
+        "term": str(meta.term),
+        "configuration": encode(None if meta.configuration is None else meta.configuration.to_json()).decode(),
+        "count": str(meta.count),
+        "digest": f"{meta.digest:016x}",
+    }
+    texts["crc"] = _meta_checksum(texts)
+    connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", texts.items())
+
+
+def read_meta(connection: sqlite3.Connection, path: Path) -> Meta:
+    """The state that the database at `path` says it is. Raises CorruptStore, or StartupError for a later format."""
+    texts: dict[str, Any] = dict(connection.execute("SELECT name, value FROM meta"))
+    if texts.pop("crc", None) != _meta_checksum(texts):
+        raise corrupt(path, "the checksum of its table meta is wrong")
+    if texts.get("format") != FORMAT:
+        raise StartupError(f"The snapshot {path} has format {texts.get('format')}, this version reads {FORMAT}.")
+    configuration = decode_trusted(texts["configuration"].encode())
+    return Meta(
+        int(texts["applied"]),
+        int(texts["term"]),
+        None if configuration is None else Configuration.from_json(configuration),
+        int(texts["digest"], 16),
+        int(texts["count"]),
+    )
+
+
+def _meta_checksum(texts: dict[str, Any]) -> str:
+    said = "".join([f"{name} {texts[name]}\n" for name in sorted(texts)])
+    return f"{crc32(said.encode()):08x}"
+
+
+def check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise CorruptStore where the database isn't made of exactly the two tables, in UTF-8."""
+    schema = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
+    (encoding,) = connection.execute("PRAGMA encoding").fetchone()
+    if schema != {KV, META} or encoding != "UTF-8":
+        raise corrupt(path, "its tables are not those of a ddb snapshot")
+
+
+# -------------------------------------------------------------------- rows
+
+
+def sound(key: Any, row: tuple[Any, ...]) -> bool:
+    """Whether `row`, read from a file under `key`, is what was once written there."""
+    try:
+        return bool(checksum(key, *row[:4]) == row[4])
+    except (AttributeError, TypeError, ValueError):
+        return False  # not even of the right types
+
+
+def select_rows(
+    connection: sqlite3.Connection, path: Path, start: str = "", end: str | None = None, reverse: bool = False
+) -> Iterator[tuple[str, Row]]:
+    """The rows of a range in order, or backwards, each one checked. Raises CorruptStore at the first that is wrong."""
+    where = " WHERE key >= ?" + ("" if end is None else " AND key < ?")
+    order = " ORDER BY key DESC" if reverse else " ORDER BY key"
+    last: str | None = None
+    with errors(path):
+        cursor = connection.execute(SELECT + where + order, (start,) if end is None else (start, end))
+        for key, *fields in cursor:
+            row: Row = tuple(fields)
+            if not sound(key, row) or (last is not None and (last >= key) is not reverse):
+                raise corrupt(path, f"the row of {key!r} is not what was written")
+            last = key
+            yield key, row
+
+
+def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) -> Iterator[str]:
+    """Walk the whole database and yield each key, once it is known to be right; at the end, that nothing is missing.
+
+    With `gently`, it pauses often, so that other threads get the interpreter. Raises CorruptStore.
+    """
+    with errors(path):
+        connection.execute("BEGIN")
+        try:
+            check_schema(connection, path)
+            meta = read_meta(connection, path)
+            (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise corrupt(path, str(verdict))
+            digest = count = 0
+            for key, row in select_rows(connection, path):
+                digest += row[4] * row[4]
+                count += 1
+                if gently and count % PAUSE_EVERY_ROWS == 0:
+                    time.sleep(PAUSE_S)
+                yield key
+            if (digest & DIGEST_MASK, count) != (meta.digest, meta.count):
+                raise corrupt(path, f"{count} rows are sound, but they are not the {meta.count} that were written")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+
+# ------------------------------------------------------------------ copies
+
+
+def copy(source: Path, path: Path) -> Copy:
+    """Make `path` a consistent copy of the database `source`, while that one is in use; for a worker thread.
+
+    What is copied is the state that was committed last. The copy is one file, closed and fsynced. Raises ReadOnly,
+    CorruptStore or OSError, and then leaves no file.
+    """
+    path.unlink(missing_ok=True)
+    remove_side_files(path)
+    try:
+        path.touch()
+        with errors(path), closing(connect(source)) as reader, closing(connect(path)) as writer:
+            writer.execute("PRAGMA synchronous=OFF")  # one fsync at the end is enough
+            reader.backup(writer)
+            writer.execute("PRAGMA journal_mode=DELETE")
+            meta = read_meta(writer, path)
+        remove_side_files(path)
+        return Copy(path, meta, path.stat().st_size, _fsync_and_hash(path))
+    except BaseException:
+        path.unlink(missing_ok=True)
+        remove_side_files(path)
+        raise
+
+
+def check_copy(path: Path, sha256: str | None = None) -> Meta:
+    """Make sure that the file at `path`, received from elsewhere, is a whole and right database, and durable; for a
+    worker thread. Returns which state it is. Raises CorruptStore, StartupError or OSError."""
+    found = _fsync_and_hash(path)
+    if sha256 is not None and found != sha256:
+        raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
+    with errors(path), closing(connect(path, frozen=True)) as connection:
+        for _ in verify(connection, path, gently=True):
+            pass
+        return read_meta(connection, path)
+
+
+def _fsync_and_hash(path: Path) -> str:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
