@@ -14,17 +14,7 @@ Laws:
 3. Every call ends within its `timeout_s`, and Ctrl-C ends it at once, leaving the client usable.
 4. There is no thread. `close` closes every socket; what a client was told is all that it keeps.
 
-Theory. Any node takes any request, so a client needs one address that works; everything else is speed and patience.
-Speed: a reply that was forwarded names the leader, and the next request goes there directly. Patience: when a server
-does not answer, or answers that it can't serve *now* (`no_leader`, `overloaded`, …), the next one is asked; after a
-round of all, the client sleeps for a random part of a pause that doubles each time (exponential backoff with full
-jitter, so that clients cut off together don't come back together).
-
-What makes law 1 possible is knowing how far a request got. If the kernel never took its last byte, the frame was
-not whole and no server could act on it: nothing happened. If it did, and no reply came, nobody here can know. A server that
-closed the connection while it was idle is noticed before anything is sent.
-
-A client may be shared by threads: one lock makes their calls follow one another. Threads that want to overlap
+How a request finds its server is the matter of ddb/caller.py; here are only the operations and their types. A client may be shared by threads: one lock makes their calls follow one another. Threads that want to overlap
 their calls take a client each.
 """
 
@@ -32,19 +22,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import random
-import select
-import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, Literal
 
 from ddb import wire
+from ddb.caller import Caller
 from ddb.commands import prefix_end
-from ddb.errors import BY_CODE, BadRequest, DdbError, Internal, OutcomeUnknown, Timeout, Unreachable
+from ddb.errors import BadRequest
 
 Condition = Mapping[str, Any]
 """One condition of `if_`: `{"rev": 12}`, `{"key": "a", "exists": False}`, `{"key": "n", "op": "<", "value": 5}`."""
@@ -54,17 +41,6 @@ Consistency = Literal["linearizable", "stale"]
 state without a round trip among the nodes."""
 
 TIMEOUT_S: Final = 5.0
-CONNECT_TIMEOUT_S: Final = 1.0
-READ_ATTEMPT_S: Final = 1.0
-BACKOFF_FIRST_S: Final = 0.01
-BACKOFF_MAX_S: Final = 0.5
-REPLY_BYTES_MAX: Final = 1 << 30
-
-REPEATABLE: Final = frozenset({"ping", "status", "members", "log", "snapshot", "get", "scan", "count", "nodes"})
-"""Operations that change nothing (or that may be done twice), so that an unanswered one is simply asked again."""
-
-LOCAL: Final = frozenset({"ping", "status", "log", "snapshot", "nodes"})
-"""Operations about the node that is asked: these don't follow the leader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +165,7 @@ class Client:
         unreachable_s: float = TIMEOUT_S,
     ) -> None:
         self.timeout_s = timeout_s
-        self.unreachable_s = unreachable_s
-        self._given = list(servers)
-        self._learnt: list[str] = []
-        self._registry = registry
-        self._discover = discover
-        self._learn_due = discover
-        self._leader: str | None = None  # where writes and linearizable reads go
-        self._home: str | None = None  # where requests about "the node that is asked" go
-        self._links: dict[str, _Link] = {}
+        self._caller = Caller(servers, registry, discover, unreachable_s)
         self._lock = threading.Lock()
         self._closed = False
 
@@ -380,19 +348,18 @@ class Client:
         with self._lock:
             if self._closed:
                 raise BadRequest("This client is closed; connect again.")
-            return _Call(self, request, at, self.timeout_s if timeout_s is None else timeout_s).run()
+            return self._caller.call(request, at, self.timeout_s if timeout_s is None else timeout_s)
 
     @property
     def servers(self) -> tuple[str, ...]:
         """The addresses known now: those given, then those learnt."""
-        return tuple(dict.fromkeys([*self._given, *self._learnt]))
+        return self._caller.servers
 
     def close(self) -> None:
         """Close every connection. May be called twice."""
         with self._lock:
             self._closed = True
-            for address in list(self._links):
-                self._drop(address)
+            self._caller.close()
 
     def __enter__(self) -> Client:
         return self
@@ -404,241 +371,6 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client of {','.join(self.servers)}{' closed' if self._closed else ''}>"
-
-    def _link(self, address: str, deadline: float) -> _Link:
-        """The open connection to `address`, or a new one. Raises OSError."""
-        link = self._links.get(address)
-        if link is not None and link.usable():
-            return link
-        self._drop(address)
-        link = self._links[address] = _Link(address, deadline)
-        return link
-
-    def _drop(self, address: str) -> None:
-        link = self._links.pop(address, None)
-        if link is not None:
-            link.close()
-
-    def _learn(self, address: str, deadline: float) -> None:
-        """Ask the node at `address`, which works, who the other members are. A failure only means: another time."""
-        self._learn_due = False
-        status = self._ask_aside(address, {"op": "status"}, deadline)
-        members = [m.get("address") for m in status.get("members") or () if isinstance(m, dict)]
-        leader = status.get("leader")
-        self._learnt = _addresses(members) or self._learnt
-        if isinstance(leader, dict):
-            self._leader = next(iter(_addresses([leader.get("address")])), None)
-        for unknown in set(self._links) - set(self.servers):
-            self._drop(unknown)
-
-    def _ask_registry(self, deadline: float) -> None:
-        """Learn from the registry where the nodes are."""
-        assert self._registry is not None
-        reply = self._ask_aside(self._registry, {"op": "nodes"}, deadline)
-        self._drop(self._registry)
-        nodes = [n.get("address") for n in reply.get("nodes") or () if isinstance(n, dict)]
-        self._learnt = _addresses(nodes) or self._learnt
-
-    def _ask_aside(self, address: str, request: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """A question whose answer is welcome but not needed: an empty object where it fails."""
-        patience = min(deadline, time.monotonic() + CONNECT_TIMEOUT_S)
-        try:
-            reply = wire.decode_trusted(self._link(address, patience).exchange(wire.encode(request), patience))
-        except (OSError, DdbError):
-            self._drop(address)
-            return {}
-        return reply if isinstance(reply, dict) else {}
-
-
-class _Call:
-    """One call on its way: which servers it asked, and what each said."""
-
-    def __init__(self, client: Client, request: Mapping[str, Any], at: str | None, timeout_s: float) -> None:
-        self.client = client
-        self.request = dict(request)
-        self.at = at
-        self.began = time.monotonic()
-        self.deadline = self.began + timeout_s
-        op = self.request.get("op")
-        self.repeatable = op in REPEATABLE
-        self.local = op in LOCAL or self.request.get("read") == "stale"
-        self.failures: dict[str, DdbError] = {}
-        self.tried: set[str] = set()
-        self.pause_s = BACKOFF_FIRST_S
-        self.attempt_s = READ_ATTEMPT_S
-
-    def run(self) -> dict[str, Any]:
-        """Ask one server after another, round after round, until one serves the request or time is up."""
-        client = self.client
-        if client._registry is not None and not client.servers:
-            client._ask_registry(self.deadline)
-        while True:
-            address = self._next()
-            if address is None:
-                self._rest()
-                continue
-            self.tried.add(address)
-            try:
-                reply = self._attempt(address)
-            except DdbError as error:
-                if not error.retry:
-                    raise
-                self._note(address, error)
-                continue
-            self._follow(address, reply)
-            return reply
-
-    def _next(self) -> str | None:
-        """The next server of this round: the one that must be, the leader, the one used last, any other."""
-        if self.at is not None:
-            order = [self.at]
-        else:
-            preferred = self.client._home if self.local else self.client._leader
-            order = [a for a in (preferred, self.client._home) if a is not None]
-            order += self.client.servers
-        return next((a for a in order if a not in self.tried), None)
-
-    def _rest(self) -> None:
-        """A round is over, and nobody served. Sleep a while, learn what may have changed, and begin another one; raise
-        what was heard where there is no time for it, or where only one server may be asked and can't be reached."""
-        pause_s = random.uniform(0, self.pause_s)
-        end = self.deadline
-        if all(isinstance(e, Unreachable) for e in self.failures.values()):
-            end = min(end, self.began + (0 if self.at is not None else self.client.unreachable_s))
-        if time.monotonic() + pause_s >= end:
-            raise self._verdict()
-        time.sleep(pause_s)
-        self.pause_s = min(2 * self.pause_s, BACKOFF_MAX_S)
-        self.attempt_s *= 2
-        self.tried.clear()
-        self.failures.clear()
-        if self.client._registry is not None:
-            self.client._ask_registry(self.deadline)
-
-    def _verdict(self) -> DdbError:
-        """The one error that says most: what a server answered goes before what none did."""
-        for error in self.failures.values():
-            if not isinstance(error, Unreachable):
-                return error
-        if not self.failures:
-            return Unreachable(f"The registry at {self.client._registry} names no node; is it running, and are they?")
-        reasons = "; ".join(error.message for error in self.failures.values())
-        return Unreachable(f"No server answered: {reasons}.")
-
-    def _note(self, address: str, error: DdbError) -> None:
-        """Remember a failure that another server may not have."""
-        client = self.client
-        self.failures[address] = error
-        client._learn_due = client._discover
-        if client._home == address:
-            client._home = None
-        hint = _addresses([error.fields.get("leader")])
-        client._leader = hint[0] if hint else None if client._leader == address else client._leader
-
-    def _follow(self, address: str, reply: dict[str, Any]) -> None:
-        """Learn from a success where the next request should go."""
-        client = self.client
-        if self.at is not None:
-            return
-        if client._home is None or self.local:
-            client._home = address
-        if not self.local:
-            hint = _addresses([reply.get("leader")])
-            client._leader = hint[0] if hint else address
-        if client._learn_due:
-            client._learn(address, self.deadline)
-
-    def _attempt(self, address: str) -> dict[str, Any]:
-        """Ask the server at `address` once. Raises a DdbError whose `retry` tells whether to go on elsewhere."""
-        now = time.monotonic()
-        until = min(self.deadline, now + self.attempt_s) if self.repeatable else self.deadline
-        # The server is given less time than the client takes, so that its verdict ("nothing happened") still arrives.
-        self.request["timeout"] = max(round(0.9 * (until - now), 3), 0.001)
-        payload = wire.encode(self.request)
-        try:
-            link = self.client._link(address, until)
-        except OSError as error:
-            raise Unreachable(f"{address} can't be reached ({_reason(error)})") from None
-        try:
-            reply = wire.decode_trusted(link.exchange(payload, until))
-        except (OSError, BadRequest) as error:
-            self.client._drop(address)
-            raise self._unanswered(address, link, error) from None
-        except BaseException:
-            self.client._drop(address)  # Ctrl-C: the reply is still to come, and must not be taken for the next one's
-            raise
-        if isinstance(reply, dict) and reply.get("ok") is True:
-            return reply
-        raise self._refused(address, reply)
-
-    def _unanswered(self, address: str, link: _Link, error: Exception) -> DdbError:
-        """What it means that a request was begun and no reply came."""
-        if self.repeatable or not link.sent:
-            return Unreachable(f"{address} did not answer ({_reason(error)})")
-        return OutcomeUnknown(
-            f"The write was sent to {address}, but no answer came ({_reason(error)}): it may or may not have happened. "
-            "Read before you write again."
-        )
-
-    def _refused(self, address: str, reply: Any) -> DdbError:
-        """The error that the server's reply stands for."""
-        if not isinstance(reply, dict):
-            return Internal(f"{address} answered something that is no reply; is it a ddb server?")
-        fields = {name: value for name, value in reply.items() if name not in ("ok", "error", "message", "id")}
-        message = str(reply.get("message") or f"{address} answered {reply.get('error')!r} without a reason.")
-        kind = BY_CODE.get(str(reply.get("error")), Internal)
-        if kind is Timeout and self.repeatable:
-            return Unreachable(f"{address} could not answer in time ({message.rstrip('.')})")
-        return kind(message, **fields)
-
-
-class _Link:
-    """One blocking connection in the frames dialect, with one request under way at a time."""
-
-    def __init__(self, address: str, deadline: float) -> None:
-        self.sent = False  # whether the kernel took the whole of the last request
-        self._cutter = wire.FrameBuffer(REPLY_BYTES_MAX)
-        patience = max(min(CONNECT_TIMEOUT_S, deadline - time.monotonic()), 0.001)
-        self._socket = socket.create_connection(wire.parse_address(address), timeout=patience)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        if self._poll is not None:
-            self._poll.register(self._socket, select.POLLIN)
-
-    def usable(self) -> bool:
-        """Whether the connection is silent, as it must be between two requests: it is not once the server closed it."""
-        if self._poll is not None:
-            return not self._poll.poll(0)
-        return not select.select([self._socket], [], [], 0)[0]
-
-    def exchange(self, payload: bytes, deadline: float) -> bytes:
-        """Send `payload` as a frame and return the reply's payload. Raises OSError; `sent` then says how far it got."""
-        self.sent = False
-        unsent = memoryview(wire.frame(payload))
-        while unsent:
-            self._arm(deadline)
-            unsent = unsent[self._socket.send(unsent) :]
-        self.sent = True
-        while True:
-            self._arm(deadline)
-            data = self._socket.recv(1 << 18)
-            if not data:
-                raise ConnectionResetError("it closed the connection")
-            payloads = self._cutter.feed(data)
-            if self._cutter.error is not None:
-                raise ConnectionAbortedError("it does not speak ddb's protocol")
-            if payloads:
-                return payloads[0]
-
-    def _arm(self, deadline: float) -> None:
-        remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError("time ran out")
-        self._socket.settimeout(remaining_s)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
 
 
 # ------------------------------------------------------------------ values
@@ -697,24 +429,3 @@ def next_page(request: Mapping[str, Any], last_key: str) -> dict[str, Any]:
         following.update(_range(None, request["prefix"], prefix_end(request["prefix"])))
     following.update({"end": last_key} if request.get("reverse") else {"start": last_key + "\0"})
     return following
-
-
-def _addresses(texts: Sequence[Any]) -> list[str]:
-    """Those of `texts` that are addresses, each written in the one way."""
-    found = []
-    for text in texts:
-        if isinstance(text, str):
-            try:
-                found.append(wire.format_address(*wire.parse_address(text)))
-            except BadRequest:
-                continue
-    return found
-
-
-def _reason(error: Exception) -> str:
-    """Why, in a few words without the number of the error."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, OSError):
-        return (error.strerror or str(error) or type(error).__name__).lower()
-    return str(error)

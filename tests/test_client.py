@@ -206,7 +206,7 @@ def test_a_connection_closed_while_idle_is_noticed_before_a_write_is_sent(server
     server.answer = lambda request: {"ok": True, "rev": 1}
     with client_of(server) as db:
         db.put("k", 1)
-        link = db._links[server.address]
+        link = db._caller.links[server.address]
         server.hang_up()
         wait(lambda: not link.usable(), what="the reset arrives")
         assert db.put("k", 2).rev == 1
@@ -230,6 +230,11 @@ def test_when_nobody_can_be_reached_it_goes_on_no_longer_than_asked_to() -> None
     with ddb.connect(free_address(), unreachable_s=0.05, timeout_s=30) as db, pytest.raises(errors.Unreachable):
         db.put("k", 1)
     assert time.monotonic() - began < 10
+
+
+def test_a_host_name_that_can_not_be_one_is_unreachable() -> None:
+    with ddb.connect(f"{'a' * 70}.example:80") as db, pytest.raises(errors.Unreachable):
+        db.put("k", 1, timeout_s=0.2)
 
 
 def test_a_server_of_another_kind_is_named(server: FakeServer) -> None:
@@ -358,7 +363,7 @@ def test_after_close_nothing_is_left_and_nothing_is_sent(server: FakeServer) -> 
     threads = threading.active_count()
     db = client_of(server)
     db.ping()
-    links = list(db._links.values())
+    links = list(db._caller.links.values())
     db.close()
     db.close()
     assert all(link._socket.fileno() == -1 for link in links)
