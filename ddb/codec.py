@@ -24,6 +24,8 @@ from ddb.messages import (
     Append,
     AppendReply,
     Batch,
+    Call,
+    CallReply,
     Command,
     Configuration,
     ElectionReply,
@@ -35,6 +37,7 @@ from ddb.messages import (
     ReadReply,
     ReadRequest,
     SnapshotReply,
+    SnapshotRequest,
     TimeoutNow,
     VoteReply,
     VoteRequest,
@@ -51,12 +54,15 @@ _KINDS: Final[dict[str, type[Any]]] = {
     "read_reply": ReadReply,
     "install": InstallSnapshot,
     "install_reply": SnapshotReply,
+    "install_request": SnapshotRequest,
+    "call": Call,
+    "call_reply": CallReply,
 }
 _NAMES: Final = {cls: name for name, cls in _KINDS.items()}
 _FIELDS: Final = {
     cls: {f.name: str(f.type) for f in fields(cls) if f.name not in ("src", "dst")} for cls in _KINDS.values()
 }
-_CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str}
+_CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str, "dict[str, Any]": dict}
 
 
 def encode_batch(first: int, term: int, at_ms: int, entries: list[bytes], commands: list[Command] | None = None) -> Batch:

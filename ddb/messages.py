@@ -268,6 +268,15 @@ class SnapshotReply:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotRequest:
+    """A follower whose data proved wrong, though its log is right, asks the leader for its snapshot."""
+
+    src: str
+    dst: str
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
 class Forward:
     """A follower passes its clients' writes on, each already encoded as a log entry."""
 
@@ -288,6 +297,26 @@ class ForwardReply:
     replies: tuple[bytes, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A member passes on a request that only the leader can serve, other than a write: who is a member, and who leads."""
+
+    src: str
+    dst: str
+    ticket: int
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CallReply:
+    """The leader's reply to a Call."""
+
+    src: str
+    dst: str
+    ticket: int
+    reply: dict[str, Any]
+
+
 Message = (
     Append
     | AppendReply
@@ -300,6 +329,9 @@ Message = (
     | ReadReply
     | InstallSnapshot
     | SnapshotReply
+    | SnapshotRequest
     | Forward
     | ForwardReply
+    | Call
+    | CallReply
 )

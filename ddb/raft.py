@@ -48,6 +48,7 @@ from ddb.messages import (
     ReadRequest,
     Role,
     SnapshotReply,
+    SnapshotRequest,
     TimeoutNow,
     VoteReply,
     VoteRequest,
@@ -135,6 +136,7 @@ class Raft:
         self.progress: dict[str, Progress] = {}
         self.digest: tuple[int, int] | None = None  # the state machine's (index, digest), sent with heartbeats
         self.transfer_to: str | None = None
+        self.may_stand = True  # False on a member that could not serve as leader, with a full disk for example
         self._configs = [(log.base_index, config)]
         self._configs += [(b.first, b.config) for b in log.batches() if b.config]
         self._emitted = self.commit  # committed entries up to here were handed out for applying
@@ -266,6 +268,8 @@ class Raft:
         elif kind is InstallSnapshot:
             self._hear_leader(m.src, now)
             self._out.chunks.append(m)  # type: ignore[arg-type]
+        elif kind is SnapshotRequest and self.role is Role.LEADER:
+            self._out.needs_snapshot.append(m.src)
         elif kind is SnapshotReply and self.role is Role.LEADER:
             self._heard(m.src, now)
             self._out.chunks.append(m)  # type: ignore[arg-type]
@@ -369,15 +373,15 @@ class Raft:
         self.commit = self._emitted = index
         self._configs = [(index, config), *((b.first, b.config) for b in self.log.batches(index) if b.config)]
 
-    def need_snapshot(self) -> None:
-        """The state here is wrong (its digest disagrees): forget the log, so that the leader sends its snapshot."""
-        invariant(self.role is not Role.LEADER, "a leader's state is what the others are measured by")
-        self._configs = [(0, self.config)]
-        self.log.reset(0, 0)
-        self._out = Ready(reset=(0, 0), messages=self._out.messages, after_save=self._out.after_save)
-        self._ack = None
-        self.durable = self.commit = self._emitted = 0
-        self.doubt = True
+    def reapply(self, index: int) -> None:
+        """The state was replaced by that of `index`, which is committed and in the log: hand out again what follows."""
+        invariant(self.log.base_index <= index <= self.commit, "the log reaches back to the state that is there")
+        self._emitted = index
+
+    def resign(self) -> None:
+        """Lead no more, though nobody else does yet: this member can't serve. The most advanced voter is told to stand."""
+        if self.role is Role.LEADER:
+            self._hand_over_and_leave()
 
     def ready(self, now: float) -> Ready:
         """What is to be done because of all inputs since the last call."""
@@ -401,7 +405,7 @@ class Raft:
 
     def _view(self, now: float) -> View:
         rank = (self.log.last_term, self.log.last_index, self.name, self.id)
-        return View(self.id, rank, self.config.voters, frozenset(self._connected), self.hears_leader(now))
+        return View(self.id if self.may_stand else "", rank, self.config.voters, frozenset(self._connected), self.hears_leader(now))
 
     def _move(self, move: Move | None, now: float) -> None:
         if move is Move.ASK:
@@ -711,9 +715,12 @@ class Raft:
             self._hand_over_and_leave()
 
     def _hand_over_and_leave(self) -> None:
-        """The leader's own removal is committed: tell the most advanced voter to stand, and step down (diss. §4.2.2)."""
-        best = max(self.config.voters, key=lambda v: self.progress[v].match)
-        self._send(TimeoutNow(self.id, best, self.term))
+        """Tell the most advanced voter to stand, and step down: as the leader does whose own removal is committed
+        (diss. §4.2.2)."""
+        others = [v for v in self.config.voters if v != self.id]
+        if others:
+            best = max(others, key=lambda v: self.progress[v].match)
+            self._send(TimeoutNow(self.id, best, self.term))
         self._send_appends(float("inf"))  # the commit index, a last time
         self._step_down()
 

@@ -1,0 +1,142 @@
+"""A node's side of the registry: saying where it is, learning where the others are, and the one first cluster.
+
+Laws: the registry only says where nodes are (registry.py). While it can't be reached, everything that is known stays
+known, and the cluster goes on; the node knocks again five times a second, so that a registry that was restarted, or wiped,
+hears from its nodes before it would believe itself new.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from ddb import wire
+from ddb.errors import DdbError
+from ddb.loop import Connection, Loop
+from ddb.membership import Sighting
+
+log = logging.getLogger(__name__)
+
+KNOCK_S: Final = 0.2
+
+
+class Discovery:
+    """One node's conversation with the registry at `address` (host, port).
+
+    `introduce()` gives the fields of `register`; `on_nodes(sightings, cluster)` is called with each answer.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        address: tuple[str, int],
+        introduce: Callable[[], dict[str, Any]],
+        on_nodes: Callable[[dict[str, Sighting], str | None], None],
+    ) -> None:
+        self._loop = loop
+        self._address = address
+        self._shown = wire.format_address(*address)
+        self._introduce = introduce
+        self._on_nodes = on_nodes
+        self._waiting: list[Callable[[dict[str, Any]], None]] = []  # for replies, in the order of the requests
+        self._connection: Connection | None = None
+        self._open = False
+        self._timer: Any = None
+        self._complaint: str | None = ""  # what was last logged; None while all is well
+        self._closed = False
+        self._dial()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the registry has answered, and is still there."""
+        return self._complaint is None
+
+    def ask(self, request: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+        """Send `request`; `answer` gets the reply, unless the connection breaks first."""
+        if self._open and self._connection is not None:
+            self._waiting.append(answer)
+            self._connection.send(wire.frame(wire.encode(request)))
+
+    def register(self) -> None:
+        """Say again where this node is; to be called, too, when that has changed."""
+        self.ask({"op": "register", **self._introduce()}, self._registered)
+
+    def close(self) -> None:
+        """End the conversation; the registry is told that the node leaves. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._connection is not None:
+            if self._open:
+                self._connection.send(wire.frame(wire.encode({"op": "unregister", "id": self._introduce()["id"]})))
+            self._connection.close_when_flushed()
+
+    def _dial(self) -> None:
+        if self._closed:
+            return
+        self._connection = connection = self._loop.connect(
+            self._address,
+            bind_host=None,
+            on_open=lambda: self._on_open(connection),
+            on_close=lambda: self._on_close(connection),
+            on_payload=self._on_payload,
+            timeout_s=1.0,
+        )
+
+    def _on_open(self, connection: Connection) -> None:
+        if not self._closed:
+            self._open = True
+            self.register()
+
+    def _on_close(self, connection: Connection) -> None:
+        self._open = False
+        self._waiting.clear()
+        if not self._closed:
+            self._complain(f"the registry at {self._shown} can't be reached ({connection.reason}); trying on")
+            self._again(KNOCK_S, self._dial)
+
+    def _again(self, delay_s: float, what: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay_s, what)
+
+    def _on_payload(self, payload: bytes) -> None:
+        try:
+            reply = wire.decode(payload)
+        except DdbError:
+            self._wrong("it does not answer like one")
+            return
+        if self._waiting:
+            self._waiting.pop(0)(reply)
+
+    def _registered(self, reply: dict[str, Any]) -> None:
+        if reply.get("ok") is not True:
+            self._wrong(str(reply.get("message", "it does not answer like one")))
+            return
+        try:
+            sightings = {
+                str(n["id"]): Sighting(str(n["id"]), str(n["name"]), str(n["address"])) for n in reply["nodes"]
+            }
+            cluster, ttl_s = reply["cluster"], float(reply["ttl"])
+        except (KeyError, TypeError, ValueError):
+            self._wrong("it does not answer like one")
+            return
+        if self._complaint is not None:
+            self._complaint = None
+            log.info("registered at the registry %s", self._shown)
+        if not self._closed:
+            self._again(ttl_s / 3, self.register)
+            self._on_nodes(sightings, cluster)
+
+    def _wrong(self, why: str) -> None:
+        """What answers there is no registry, or not ours."""
+        self._complain(f"{self._shown} is not the registry of this node: {why}")
+        self._again(1.0, self.register)
+
+    def _complain(self, message: str) -> None:
+        if message != self._complaint:
+            self._complaint = message
+            log.warning("%s", message)

@@ -1,0 +1,364 @@
+"""Checkpoints, and the snapshots that one member sends to another.
+
+Laws:
+
+* The log is only compacted behind a checkpoint whose own fsync has returned.
+* A snapshot replaces nothing before its SHA-256, every row's checksum and the digest have been verified.
+* While a snapshot is on its way, the log behind it is kept, so that it can take over where the snapshot ends.
+
+Theory. A member whose log lags behind what the leader still has, or whose data proved wrong, is sent a *copy* of the
+leader's newest checkpoint: one SQLite file, in chunks, a few of them in flight, acknowledged by the offset up to which
+the file has arrived (Raft §7). An acknowledgement that goes back asks for a restart. What takes long (writing a
+checkpoint, copying, verifying) runs in the `background`, a function `background(work, done)` that calls
+`done(result, error)` on the loop; everything else is done on the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+from ddb import snapshot
+from ddb.config import Bounds
+from ddb.errors import DdbError, invariant
+from ddb.kv import Machine
+from ddb.messages import Batch, InstallSnapshot, Message, SnapshotReply, SnapshotRequest
+from ddb.raft import Ready
+from ddb.replica import Replica, Waiter
+from ddb.store import Store
+
+log = logging.getLogger(__name__)
+
+CHUNKS_IN_FLIGHT: Final = 4
+SEND_PATIENCE_S: Final = 60.0  # without an acknowledgement; the receiver verifies before the last one
+RETRY_S: Final = 5.0  # after a checkpoint that failed
+REQUEST_EVERY_S: Final = 2.0
+
+Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """When to write a checkpoint, and how many entries before it the log keeps for followers that lag a little."""
+
+    entries: int = 100_000
+    bytes: int = 64 << 20
+    retain_entries: int = 20_000
+
+
+@dataclass(slots=True)
+class _Sending:
+    """A copy on its way to one member."""
+
+    next: int  # offset of the next chunk
+    acknowledged: int
+    deadline: float
+
+
+@dataclass(slots=True)
+class _Receiving:
+    """A snapshot that is arriving."""
+
+    src: str
+    index: int
+    sha256: str
+    size: int
+    file: BinaryIO
+    received: int = 0
+    complete: bool = False
+
+
+class Sync:
+    """The snapshot's side of one member. `directory` is for copies and for what arrives."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        store: Store,
+        directory: Path,
+        background: Background,
+        drop_log_below: Callable[[int], object],
+        policy: Policy | None = None,
+        bounds: Bounds | None = None,
+    ) -> None:
+        self._replica = replica
+        self._raft = replica.raft
+        self._store = store
+        self._background = background
+        self._drop_log_below = drop_log_below
+        self._policy = policy or Policy()
+        self._chunk_bytes = (bounds or Bounds()).snapshot_chunk_bytes
+        self._copy_path = directory / "outgoing.db"
+        self._incoming_path = directory / "incoming.db"
+        self._bytes_since = 0
+        self._retry_at = 0.0
+        self._request_at = 0.0
+        self._checkpoint_waiters: list[Waiter] = []
+        self._copy: snapshot.Copy | None = None
+        self._copy_file: BinaryIO | None = None
+        self._copying = False
+        self._wanted_by: set[str] = set()
+        self._sendings: dict[str, _Sending] = {}
+        self._receiving: _Receiving | None = None
+        self._verified: snapshot.Meta | None = None  # what was received, waiting for a checkpoint to end
+        for path in (self._copy_path, self._incoming_path):
+            path.unlink(missing_ok=True)
+
+    # --- called by the replica and its node ---------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether something runs in the background, or is on its way."""
+        return self._store.checkpointing or self._copying or bool(self._sendings) or self._receiving is not None
+
+    def applied(self, batch: Batch) -> None:
+        """See replica.Snapshots."""
+        self._bytes_since += len(batch.data)
+
+    def work(self, ready: Ready, now: float) -> None:
+        """See replica.Snapshots."""
+        for peer in ready.needs_snapshot:
+            self._wanted_by.add(peer)
+        if self._wanted_by:
+            self._serve(now)
+        for m in ready.chunks:
+            if type(m) is InstallSnapshot:
+                self._on_chunk(m)
+            elif type(m) is SnapshotReply:
+                self._on_acknowledged(m, now)
+
+    def tick(self, now: float) -> None:
+        """Let time pass."""
+        policy = self._policy
+        entries = self._replica.machine.applied - self._store.meta.applied
+        if (entries >= policy.entries or self._bytes_since >= policy.bytes) and now >= self._retry_at:
+            self.checkpoint(None, now)
+        for peer in [p for p, sending in self._sendings.items() if now >= sending.deadline]:
+            self._give_up(peer, "it has not answered")
+        if (self._sendings or self._wanted_by) and not self._replica.is_leader:
+            self._wanted_by.clear()
+            for peer in list(self._sendings):
+                self._give_up(peer, "this node does not lead any more")
+        if self._replica.diverged and self._receiving is None and now >= self._request_at and self._raft.leader:
+            self._request_at = now + REQUEST_EVERY_S
+            self._replica.send(SnapshotRequest(self._raft.id, self._raft.leader, self._raft.term))
+
+    def disconnected(self, peer: str) -> None:
+        """The connection to `peer` broke; what was on its way has to be sent again."""
+        self._wanted_by.discard(peer)
+        if peer in self._sendings:
+            self._give_up(peer, "its connection broke")
+        if self._receiving is not None and self._receiving.src == peer and not self._receiving.complete:
+            self._stop_receiving()
+
+    def checkpoint(self, waiter: Waiter | None, now: float) -> None:
+        """Write a checkpoint now; `waiter` gets its `rev`. Does nothing more where one is under way already, or can't be begun yet."""
+        if waiter is not None:
+            self._checkpoint_waiters.append(waiter)
+        applied, store = self._replica.machine.applied, self._store
+        if store.checkpointing or self._replica.diverged or self._verified is not None:
+            return
+        if self._raft.durable < applied:
+            return  # the snapshot must not know more than the log on this disk; the next tick will do
+        if applied == store.meta.applied:
+            self._tell_checkpoint_waiters(None)
+            return
+        term = self._raft.log.term_at(applied)
+        invariant(term is not None, "the log still has the last applied entry")
+        bytes_before, self._bytes_since = self._bytes_since, 0
+        checkpoint = store.begin_checkpoint(applied, term or 0, self._raft.config_at(applied))
+
+        def done(_: object, error: Exception | None) -> None:
+            if error is None:
+                store.finish_checkpoint(checkpoint)
+                self._compact()
+            else:
+                log.error("%r: the checkpoint failed: %s", self._replica, error)
+                store.abandon_checkpoint(checkpoint)
+                self._bytes_since += bytes_before
+                self._retry_at = now + RETRY_S
+            self._tell_checkpoint_waiters(error)
+            if self._verified is not None:
+                self._install()
+
+        self._background(checkpoint.write, done)
+
+    def close(self) -> None:
+        """Let go of the files. May be called twice."""
+        self._drop_copy()
+        self._stop_receiving()
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _tell_checkpoint_waiters(self, error: Exception | None) -> None:
+        waiters, self._checkpoint_waiters = self._checkpoint_waiters, []
+        for waiter in waiters:
+            if error is None:
+                waiter.reply(b'{"ok":true,"rev":%d}' % self._store.meta.applied)
+            else:
+                waiter.fail(error if isinstance(error, DdbError) else DdbError(f"The checkpoint failed: {error}"))
+
+    def _compact(self) -> None:
+        """Drop what the checkpoint covers from the log, but for a tail, and for what a snapshot on its way will need."""
+        upto = self._store.meta.applied - self._policy.retain_entries
+        if self._copy is not None:
+            upto = min(upto, self._copy.meta.applied)
+        if upto > self._raft.log.base_index:
+            self._raft.compact(upto)
+            base = self._raft.log.base_index
+            self._background(lambda: self._drop_log_below(base), self._dropped)
+
+    def _dropped(self, _: object, error: Exception | None) -> None:
+        if error is not None:
+            log.warning("%r: old log segments could not be removed: %s", self._replica, error)
+
+    # --- sending ------------------------------------------------------------------------------------------------
+
+    def _serve(self, now: float) -> None:
+        """Send the copy to those who want it; make one first where there is none, from a fresh checkpoint."""
+        if self._copy is not None:
+            for peer in sorted(self._wanted_by):
+                if peer not in self._sendings:
+                    log.info("%r: sending the snapshot of %d to %s", self._replica, self._copy.meta.applied, peer)
+                    self._sendings[peer] = _Sending(0, 0, now + SEND_PATIENCE_S)
+                    self._send_chunks(peer)
+            self._wanted_by.clear()
+        elif not self._copying and not self._store.checkpointing:
+            if self._store.meta.applied < self._replica.machine.applied and now >= self._retry_at:
+                self.checkpoint(None, now)
+            elif self._store.meta.applied:
+                self._copying = True
+                self._background(lambda: self._store.copy_to(self._copy_path), self._copied)
+
+    def _copied(self, copy: snapshot.Copy | None, error: Exception | None) -> None:
+        self._copying = False
+        if copy is None:
+            log.error("%r: no copy of the snapshot could be made: %s", self._replica, error)
+            for peer in self._wanted_by:
+                self._raft.snapshot_failed(peer)
+            self._wanted_by.clear()
+            return
+        self._copy = copy
+        self._copy_file = copy.path.open("rb")
+
+    def _send_chunks(self, peer: str) -> None:
+        sending, copy, file = self._sendings[peer], self._copy, self._copy_file
+        if copy is None or file is None:
+            return
+        window_end = sending.acknowledged + CHUNKS_IN_FLIGHT * self._chunk_bytes
+        while sending.next < min(window_end, copy.size_bytes):
+            data = os.pread(file.fileno(), self._chunk_bytes, sending.next)
+            meta, raft = copy.meta, self._raft
+            self._replica.send(
+                InstallSnapshot(
+                    raft.id, peer, raft.term, meta.applied, meta.term, sending.next, copy.size_bytes, copy.sha256, data
+                )
+            )  # fmt: skip
+            sending.next += len(data)
+
+    def _on_acknowledged(self, m: SnapshotReply, now: float) -> None:
+        sending, copy = self._sendings.get(m.src), self._copy
+        if sending is None or copy is None or m.index != copy.meta.applied:
+            return
+        sending.deadline = now + SEND_PATIENCE_S
+        if m.installed:
+            log.info("%r: %s has installed the snapshot of %d", self._replica, m.src, m.index)
+            del self._sendings[m.src]
+            self._raft.snapshot_sent(m.src, m.index)
+            self._drop_idle_copy()
+            return
+        if m.offset < sending.acknowledged:
+            sending.next = m.offset  # it begins anew
+        sending.acknowledged = m.offset
+        self._send_chunks(m.src)
+
+    def _give_up(self, peer: str, why: str) -> None:
+        log.warning("%r: the snapshot for %s is given up: %s", self._replica, peer, why)
+        del self._sendings[peer]
+        self._raft.snapshot_failed(peer)
+        self._drop_idle_copy()
+
+    def _drop_idle_copy(self) -> None:
+        if not self._sendings:
+            self._drop_copy()
+
+    def _drop_copy(self) -> None:
+        if self._copy_file is not None:
+            self._copy_file.close()
+            self._copy_file = None
+            self._copy_path.unlink(missing_ok=True)
+        self._copy = None
+
+    # --- receiving ----------------------------------------------------------------------------------------------
+
+    def _on_chunk(self, m: InstallSnapshot) -> None:
+        receiving = self._receiving
+        if self._is_useless(m.index):
+            self._acknowledge(m.src, m.index, m.size, installed=True)
+            return
+        if receiving is None or (receiving.src, receiving.index, receiving.sha256) != (m.src, m.index, m.sha256):
+            if receiving is not None and receiving.complete:
+                return  # one is being verified; the sender will try again
+            self._stop_receiving()
+            log.info("%r: receiving the snapshot of %d, %d bytes", self._replica, m.index, m.size)
+            self._receiving = receiving = _Receiving(m.src, m.index, m.sha256, m.size, self._incoming_path.open("wb"))
+        if m.offset == receiving.received and not receiving.complete:
+            receiving.file.write(m.data)
+            receiving.received += len(m.data)
+        self._acknowledge(m.src, m.index, receiving.received)
+        if receiving.received >= receiving.size and not receiving.complete:
+            receiving.complete = True
+            receiving.file.close()
+            path, sha256 = self._incoming_path, receiving.sha256
+            self._background(lambda: snapshot.check_copy(path, sha256), self._on_verified)
+
+    def _is_useless(self, index: int) -> bool:
+        """Whether the state of `index` would bring nothing that is not here."""
+        return index <= self._raft.commit and not self._replica.diverged
+
+    def _acknowledge(self, to: str, index: int, offset: int, installed: bool = False) -> None:
+        message: Message = SnapshotReply(self._raft.id, to, self._raft.term, index, offset, installed)
+        self._replica.send(message)
+
+    def _on_verified(self, meta: snapshot.Meta | None, error: Exception | None) -> None:
+        receiving = self._receiving
+        if receiving is None:
+            return
+        if meta is None or meta.applied != receiving.index or meta.configuration is None:
+            log.error("%r: the snapshot received is of no use: %s", self._replica, error or "it is another one")
+            self._stop_receiving()
+            return
+        self._verified = meta
+        if not self._store.checkpointing:
+            self._install()
+
+    def _install(self) -> None:
+        """Put the verified snapshot in the state's place, and let the log go on behind it."""
+        meta, receiving = self._verified, self._receiving
+        self._verified = None
+        if meta is None or receiving is None or meta.configuration is None:
+            return
+        raft = self._raft
+        fits = meta.applied > raft.commit or raft.log.base_index <= meta.applied
+        if not self._is_useless(meta.applied) and fits:
+            self._store.install(self._incoming_path)
+            self._bytes_since = 0
+            if meta.applied > raft.commit:
+                raft.restore(meta.applied, meta.term, meta.configuration)
+            else:
+                raft.reapply(meta.applied)
+            self._replica.restored(Machine(self._store, meta.applied))
+            log.info("%r: installed the snapshot of %d", self._replica, meta.applied)
+        self._stop_receiving()
+        self._acknowledge(receiving.src, meta.applied, receiving.size, installed=True)
+
+    def _stop_receiving(self) -> None:
+        if self._receiving is not None:
+            self._receiving.file.close()
+            self._receiving = None
+            self._verified = None
+            self._incoming_path.unlink(missing_ok=True)
