@@ -257,15 +257,15 @@ def frame(payload: bytes) -> bytes:
 
 
 class Cutter(Protocol):
-    """Cuts a stream of bytes into payloads."""
+    """Cuts a stream of bytes into messages: payloads, which are bytes, or http.Request."""
 
     error: DdbError | None  # once set, nothing more can be cut
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Take in what arrived; return the payloads that it completes, in order."""
+    def feed(self, data: bytes) -> list[Any]:
+        """Take in what arrived; return the messages that it completes, in order."""
         ...
 
-    def finish(self) -> list[bytes]:
+    def finish(self) -> list[Any]:
         """The stream has ended: return what the end completes, and set `error` if it ended too early."""
         ...
 
@@ -290,6 +290,8 @@ class FrameBuffer:
 
     def feed(self, data: bytes) -> list[bytes]:
         """See Cutter. A payload is returned once the LF behind it has been seen."""
+        if self.error is not None:
+            return []
         rest = self._rest
         if rest:
             rest += data
@@ -297,8 +299,6 @@ class FrameBuffer:
                 return []
             data = bytes(rest)
             rest.clear()
-        if self.error is not None:
-            return []
         payloads: list[bytes] = []
         start, end = 0, len(data)
         self._need = 0
@@ -313,6 +313,7 @@ class FrameBuffer:
             length = int(head)
             stop = lf + 1 + length
             if length > self.payload_bytes_max:
+                rest += data[start:]  # for raise_limit
                 self.error = too_large(length, self.payload_bytes_max)
                 return payloads
             if stop >= end:
@@ -334,6 +335,13 @@ class FrameBuffer:
                 "The stream ended inside a frame; was the length counted in bytes, and the last LF sent?"
             )
         return []
+
+    def raise_limit(self, payload_bytes_max: int) -> None:
+        """Take longer payloads from now on, also where the last one seen was refused as too large."""
+        self.payload_bytes_max = payload_bytes_max
+        if isinstance(self.error, TooLarge):
+            self.error = None
+            self._need = 0
 
 
 def _bad_length(head: bytes) -> BadFrame:
