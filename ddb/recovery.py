@@ -243,8 +243,8 @@ def _free_name(directory: Directory, path: Path) -> Path:
 def _cut(directory: Directory, numbers: list[int], damage: _Damage, log: Recovered, keep: bool) -> None:
     """Make `log.hard_state`, with its doubt, the last record before the damage, and take away what follows.
 
-    The order is the law: the record first, over the damage itself; then the later segments, the last one first, so
-    that no gap shows; then the rest of the damaged file. Interrupted anywhere, the next start finds damage again.
+    The order is the law: the record first, over the damage itself; then the later segments; then the rest of the
+    damaged file. Interrupted anywhere, the next start finds damage again, and doubts again.
     """
     disk = directory.disk
     if log.segments[-1].end == 0:
@@ -262,13 +262,12 @@ def _cut(directory: Directory, numbers: list[int], damage: _Damage, log: Recover
         target.end += len(line)
     else:
         log.segments.append(target := create(directory, Header(damage.segment, log.hard_state, log.base)))
-    for number in reversed([n for n in numbers if n >= first_gone]):
-        path = directory.file(number)
+    for path in [directory.file(n) for n in numbers if n >= first_gone]:
         if keep:
             disk.rename(path, _free_name(directory, path))
         else:
             disk.remove(path)
-        directory.sync()
+    directory.sync()
     disk.truncate(target.handle, target.end)
     disk.fdatasync(target.handle)
     target.reserved = target.end

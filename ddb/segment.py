@@ -8,7 +8,8 @@ Theory. Appending to a file makes fdatasync commit the file's new length and blo
 written before does not, which halves its time (docs/architecture.md). So a write that reaches the end of the written
 space goes down together with a run of line feeds behind it, the *reserve*, that the following writes then overwrite.
 The reserve is made durable by the same fdatasync, and cut off when the segment is finished. Where there is no room
-for a reserve, there is none.
+for a reserve, there is none. (Writing beside durable bytes in the same sector is taken not to harm them, as SQLite's
+"powersafe overwrite" is.)
 """
 
 from __future__ import annotations
