@@ -66,6 +66,7 @@ class OsDisk:
     """The operating system's own files."""
 
     def make_directory(self, path: Path) -> None:
+        """Make `path` and fsync what it was made in, at every level."""
         missing = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for made in missing:
@@ -76,21 +77,27 @@ class OsDisk:
                 os.close(handle)
 
     def list(self, directory: Path) -> list[str]:
+        """os.listdir."""
         return os.listdir(directory)
 
     def open(self, path: Path) -> int:
+        """os.open; no child process inherits the descriptor."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def open_directory(self, path: Path) -> int:
+        """os.open of a directory."""
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self, handle: int) -> None:
+        """os.close."""
         os.close(handle)
 
     def size(self, handle: int) -> int:
+        """os.fstat."""
         return os.fstat(handle).st_size
 
     def pread(self, handle: int, count: int, offset: int) -> bytes:
+        """os.pread, as often as it takes."""
         data = os.pread(handle, count, offset)
         while len(data) < count:  # one read returns 2 GiB at most
             more = os.pread(handle, count - len(data), offset + len(data))
@@ -100,19 +107,25 @@ class OsDisk:
         return data
 
     def pwrite(self, handle: int, data: bytes, offset: int) -> int:
+        """os.pwrite."""
         return os.pwrite(handle, data, offset)
 
     def truncate(self, handle: int, size: int) -> None:
+        """os.ftruncate."""
         os.ftruncate(handle, size)
 
     def fdatasync(self, handle: int) -> None:
+        """os.fdatasync; os.fsync where there is none."""
         _fdatasync(handle)
 
     def fsync_dir(self, handle: int) -> None:
+        """os.fsync."""
         os.fsync(handle)
 
     def rename(self, old: Path, new: Path) -> None:
+        """os.rename."""
         os.rename(old, new)
 
     def remove(self, path: Path) -> None:
+        """os.remove."""
         os.remove(path)
