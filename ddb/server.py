@@ -38,7 +38,7 @@ from ddb.loop import PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, 
 from ddb.timers import Timer
 from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address, splice
 
-__all__ = ["Connection", "Fatal", "Limits", "Loop", "Server", "Service", "Slot", "Timer"]
+__all__ = ["Connection", "Fatal", "Limits", "Loop", "Server", "Service", "Slot", "Timer", "raise_descriptor_limit"]
 
 log = logging.getLogger(__name__)
 
@@ -545,6 +545,15 @@ class Server:
         if self._spare is not None:
             os.close(self._spare)
             self._spare = None
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many connections as the system allows it to."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on every system
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listener(host: str, port: int) -> socket.socket:
