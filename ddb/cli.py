@@ -33,6 +33,7 @@ from ddb.errors import DdbError, Unreachable
 DEFAULT_SERVER: Final = "127.0.0.1:8050"
 OK, ERROR, USAGE, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 5, 130, 141
 UNREACHABLE_S: Final = 1.0
+PAGE_ITEMS: Final = 1000  # asked for at once
 UP_DIRECTORY: Final = "ddb-data"
 
 EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 condition not met,
@@ -143,7 +144,7 @@ def _pages(client: Client, args: argparse.Namespace) -> Iterator[dict[str, Any]]
     request: dict[str, Any] = {"op": "scan", **_range(args), **_reading(args)}
     request.update({name: True for name in ("reverse", "keys_only") if getattr(args, name)})
     while True:
-        page = client.call(request if wanted is None else {**request, "limit": wanted})
+        page = client.call(request if wanted is None else {**request, "limit": min(wanted, PAGE_ITEMS)})
         yield page
         wanted = None if wanted is None else wanted - len(page["items"])
         if not page["more"] or not page["items"] or wanted == 0:
@@ -231,9 +232,7 @@ def _promote(client: Client, args: argparse.Namespace) -> int:
 
 def _transfer(client: Client, args: argparse.Namespace) -> int:
     reply = client.call({"op": "transfer", **({"to": args.to} if args.to else {})})
-    leader = reply["leader"]
-    name = f"{leader['name']} at {leader['address']}" if isinstance(leader, dict) else leader
-    _print_json(reply) if args.json else print(f"the leader is {name}")
+    _print_json(reply) if args.json else print(f"the leader is {reply['name']} at {reply['leader']}")
     return OK
 
 

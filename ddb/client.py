@@ -309,11 +309,11 @@ class Client:
         rev: int = self.call({"op": "member_promote", "name": name}, timeout_s=timeout_s)["rev"]
         return rev
 
-    def transfer(self, to: str | None = None, *, timeout_s: float | None = None) -> str | None:
-        """Hand leadership to the voter called `to`, or to the most up-to-date one. Returns the new leader."""
+    def transfer(self, to: str | None = None, *, timeout_s: float | None = None) -> str:
+        """Hand leadership to the voter called `to`, or to the most up-to-date one. Returns the new leader's name."""
         reply = self.call({"op": "transfer", **({"to": to} if to is not None else {})}, timeout_s=timeout_s)
-        leader: str | None = reply["leader"]
-        return leader
+        name: str = reply["name"]
+        return name
 
     def snapshot(self, *, at: str | None = None, timeout_s: float | None = None) -> int:
         """Have the server at address `at` (or any) write a checkpoint. Returns the revision that is on its disk."""

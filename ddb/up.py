@@ -176,7 +176,7 @@ def _refuse_busy_ports(settings: Settings, count: int) -> None:
 
 
 def _start_all(settings: Settings, count: int, children: list[Child]) -> None:
-    """Start the registry, then all nodes at once; `children` grows as they start."""
+    """Start the registry, then the nodes; `children` grows as they start."""
     ports = _ports(settings, count)
     directory, host = settings.directory.resolve(), settings.host
     place = ["--host", host, "--data-dir"]
@@ -184,12 +184,24 @@ def _start_all(settings: Settings, count: int, children: list[Child]) -> None:
     deadline = time.monotonic() + settings.ready_timeout_s
     _await_address(registry, deadline)
     election = ["--election", settings.election] if settings.election else []
+    fresh = not (directory / "n1").exists()
     for position, port in enumerate(ports[1:], 1):
         name = f"n{position}"
         flags = ["-ra", registry.address, "--name", name, *place, str(directory / name), "--port", str(port), *election]
-        _spawn(name, flags, directory, children)
+        child = _spawn(name, flags, directory, children)
+        if fresh and position == 1:
+            _await_address(child, deadline)
+            _await_leader(child, deadline)
     for child in children[1:]:
         _await_address(child, deadline)
+
+
+def _await_leader(child: Child, deadline: float) -> None:
+    """Wait until the first node of a new cluster leads it: so it is always n1 that begins, as the README says."""
+    while child.process.poll() is None and time.monotonic() < deadline:
+        if overview.ask(child.address).leads:
+            return
+        time.sleep(LOOK_S / 5)
 
 
 def _spawn(name: str, flags: list[str], directory: Path, children: list[Child]) -> Child:

@@ -257,7 +257,7 @@ def test_count_incr_and_the_cluster_commands_show_their_result(server: FakeServe
         "incr": {"value": -2, "rev": 8},
         "member_remove": {"rev": 9},
         "member_promote": {"rev": 10},
-        "transfer": {"leader": "n2"},
+        "transfer": {"leader": "h:2", "name": "n2"},
         "snapshot": {"rev": 11},
         "ping": {"node": "n1", "time": 5.0},
     }
@@ -268,7 +268,7 @@ def test_count_incr_and_the_cluster_commands_show_their_result(server: FakeServe
     assert server.requests[1]["by"] == -3
     assert ddb("remove", "n3").out == "n3 is no member any more, since revision 9\n"
     assert ddb("promote", "n4").out == "n4 is a voter since revision 10\n"
-    assert ddb("transfer").out == "the leader is n2\n"
+    assert ddb("transfer").out == "the leader is n2 at h:2\n"
     assert ddb("snapshot").out == "revision 11 is in the snapshot on disk\n"
     assert re.fullmatch(r"n1 answered in \d+\.\d ms\n", ddb("ping").out)
 

@@ -62,7 +62,7 @@ def test_each_method_sends_its_request_and_returns_a_typed_result(server: FakeSe
         "members": {"members": [{"name": "n1", "id": "u", "address": "h:1", "role": "voter", "alive": True}]},
         "member_remove": {"rev": 13},
         "member_promote": {"rev": 14},
-        "transfer": {"leader": "n2"},
+        "transfer": {"leader": "h:2", "name": "n2"},
         "snapshot": {"rev": 15},
         "log": {"entries": [{"index": 1}]},
     }
