@@ -72,6 +72,19 @@ class Peers:
             if link := self._links.get(sighting.id):
                 link.move(sighting.address)
 
+    def sighted_if_unknown(self, sighting: Sighting) -> None:
+        """The same, where nothing newer is known: the log's configuration may be older than the registry's news."""
+        if sighting.id not in self._addresses:
+            self.sighted(sighting)
+
+    def address(self, id: str) -> str | None:
+        """Where the member `id` was last seen."""
+        return self._addresses.get(id)
+
+    def introduced(self) -> set[str]:
+        """The members that talk to us now."""
+        return set(self._inbound)
+
     def keep(self, ids: set[str]) -> None:
         """Hold connections to exactly these members, as far as their addresses are known."""
         if self._closed:

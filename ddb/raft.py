@@ -373,6 +373,13 @@ class Raft:
         self.commit = self._emitted = index
         self._configs = [(index, config), *((b.first, b.config) for b in self.log.batches(index) if b.config)]
 
+    def found(self, config: Configuration, at_ms: int) -> None:
+        """Begin a cluster: `config` becomes the log's first entry. Only for a member that has neither log nor term."""
+        invariant(self.log.last_index == 0 and self.term == 0, "a cluster begins with an empty log")
+        self.term = 1
+        self._append(codec.encode_config(1, 1, at_ms, config))
+        self.election.suspect(float("-inf"))
+
     def reapply(self, index: int) -> None:
         """The state was replaced by that of `index`, which is committed and in the log: hand out again what follows."""
         invariant(self.log.base_index <= index <= self.commit, "the log reaches back to the state that is there")

@@ -109,6 +109,14 @@ class RaftLog:
         """The batch that holds `index`, which must be here; its bytes may have been let go."""
         return self._batches[self._position(index)]
 
+    def begin_at(self, index: int) -> int:
+        """The first index of the batch that holds `index`; what follows the log where it is not here yet."""
+        return self._batches[self._position(index)].first if index <= self.last_index else self.last_index + 1
+
+    def bytes_of(self, first: int) -> bytes:
+        """The bytes of the batch that begins at `first`, from here or from the disk."""
+        return self._batches[self._position(first)].data or self._fetch(first)
+
     def term_begin(self, index: int) -> int:
         """The first index here of the run of entries that share the term of `index`."""
         term = self._batches[self._position(index)].term

@@ -200,13 +200,22 @@ class Replica:
 
     def read_stale(self, command: Command, waiter: Waiter, now: float) -> None:
         """Answer `command` from this member's own state as it is, and say how old that may be."""
-        lag = b'"lag":%.3f' % min(self.raft.lag_s(now), 1e9)
+        lag_s = self.raft.lag_s(now)
+        lag = b'"lag":null' if lag_s == float("inf") else b'"lag":%.3f' % lag_s
         self._answer_read(command, waiter, lag)
 
     def change(self, config: Configuration, waiter: Waiter) -> None:
         """Make `config` the configuration; `waiter` is told when it is committed. Raises what Raft.change raises."""
         batch = self.raft.change(config, self._wall_ms())
         self._changes.append((batch.first, batch.term, waiter))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for anything."""
+        return not (
+            self._writes or self._proposed or self._forwarded or self._reads or self._reads_asked
+            or self._reads_applying or self._changes
+        )  # fmt: skip
 
     # --- what happens to a member -------------------------------------------------------------------------------
 

@@ -137,19 +137,25 @@ class Sync:
         entries = self._replica.machine.applied - self._store.meta.applied
         if (entries >= policy.entries or self._bytes_since >= policy.bytes) and now >= self._retry_at:
             self.checkpoint(None, now)
+        elif self._checkpoint_waiters:
+            self.checkpoint(None, now)  # it could not be begun when it was asked for
         for peer in [p for p, sending in self._sendings.items() if now >= sending.deadline]:
             self._give_up(peer, "it has not answered")
         if (self._sendings or self._wanted_by) and not self._replica.is_leader:
             self._wanted_by.clear()
             for peer in list(self._sendings):
                 self._give_up(peer, "this node does not lead any more")
+        if self._copy is not None and not self._sendings and not self._wanted_by:
+            self._drop_copy()
         if self._replica.diverged and self._receiving is None and now >= self._request_at and self._raft.leader:
             self._request_at = now + REQUEST_EVERY_S
             self._replica.send(SnapshotRequest(self._raft.id, self._raft.leader, self._raft.term))
 
     def disconnected(self, peer: str) -> None:
         """The connection to `peer` broke; what was on its way has to be sent again."""
-        self._wanted_by.discard(peer)
+        if peer in self._wanted_by:
+            self._wanted_by.discard(peer)
+            self._raft.snapshot_failed(peer)
         if peer in self._sendings:
             self._give_up(peer, "its connection broke")
         if self._receiving is not None and self._receiving.src == peer and not self._receiving.complete:

@@ -1,0 +1,556 @@
+"""A node: one member of a cluster as a process. `python -m ddb.node`.
+
+This only composes what is below. One thread, the loop's, owns all of it; the log's writer and one worker for what takes
+long (checkpoints, copies) are the only others, and post what they have done. Each turn of the loop ends in
+`Replica.flush`: all requests that came in it share one log entry batch, one fsync and one message to each follower.
+
+How a node starts: it locks its data directory, reads log and snapshot, listens, and registers. If it
+belongs to a cluster, that is all: the others find it. If not, it asks the registry whether it may begin one; one node is
+granted that, and the others wait until that one's leader adds them (membership.py). Without a registry it
+begins a cluster of its own at once: one node alone is a complete database.
+
+How it ends: SIGTERM or SIGINT makes it stop accepting, hand over the leadership, answer who waits, and exit 0.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from ddb import wire
+from ddb.config import Bounds, SettingsParser, Timing, seconds, whole
+from ddb.datadir import DataDirectory
+from ddb.discovery import Discovery
+from ddb.election import STRATEGIES
+from ddb.errors import BadRequest, CorruptStore, DdbError, InvariantError, NoLeader, Overloaded, StartupError
+from ddb.kv import Machine
+from ddb.log import Log, LogWriter
+from ddb.loop import Fatal, Loop
+from ddb.membership import Patience, Sighting, Standing, next_change
+from ddb.messages import Call, CallReply, Configuration, HardState, Member, Message
+from ddb.peers import Peers
+from ddb.raft import Raft
+from ddb.raftlog import RaftLog
+from ddb.replica import Replica
+from ddb.server import Limits, Server
+from ddb.service import NodeService
+from ddb.store import Store
+from ddb.sync import Policy, Sync
+
+log = logging.getLogger("ddb.node")
+
+BOOTSTRAP_EVERY_S: Final = 0.1
+MEMBERSHIP_EVERY_S: Final = 0.1
+CAUGHT_UP_ENTRIES: Final = 1000  # a learner this close to the leader's log is promoted
+HAND_OVER_S: Final = 1.0
+DRAIN_S: Final = 2.0
+LINGER_S: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a node is told. `port` 0 picks a free one; `advertise` is the address that others are told."""
+
+    data_dir: Path
+    registry: tuple[str, int] | None = None
+    host: str = "127.0.0.1"
+    port: int = 8050
+    advertise: str | None = None
+    name: str | None = None
+    election: str = "bully"
+    expect: int = 1
+    replace_after_s: float = 30.0
+    frame_bytes_max: int = 16 << 20
+    policy: Policy = Policy()
+    timing: Timing = Timing()
+    repair: bool = False
+
+
+class Worker:
+    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended."""
+
+    def __init__(self, post: Callable[..., None]) -> None:
+        self._post = post
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """Queue `work`."""
+        self._queue.put((work, done))
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Let the thread end after what it is at."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, done = item
+            try:
+                result = work()
+            except Exception as error:
+                self._post(done, None, error)
+            else:
+                self._post(done, result, None)
+
+
+class Node:
+    """One node, from `Node(settings)` over `run()` to `close()`, which may be called twice."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started_at = time.monotonic()
+        self.disk_full = False
+        self.patience = Patience(replace_after_s=settings.replace_after_s)
+        self._closing: list[Callable[[], object]] = []
+        self._sightings: dict[str, Sighting] = {}
+        self._registry_cluster: str | None = None
+        self._known_config: Configuration | None = None
+        self._shown_state: object = None
+        self._next_membership_at = 0.0
+        self._leave_phase = 0
+        self._leave_at = 0.0
+        self._discovery: Discovery | None = None
+        try:
+            self._open(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return repr(self.replica)
+
+    # --- starting -----------------------------------------------------------------------------------------------
+
+    def _open(self, settings: Settings) -> None:
+        self.data = DataDirectory.open(settings.data_dir)
+        self._closing.append(self.data.close)
+        self.id = self.data.identity.id
+        self.name = settings.name or self.id
+        self.loop = Loop()
+        self._closing.append(self.loop.close)
+        self.service = NodeService(self)
+        limits = Limits(frame_bytes_max=settings.frame_bytes_max)
+        self.server = Server(self.loop, self.service, settings.host, settings.port, limits)
+        self._closing.append(self.server.close)
+        self.address = settings.advertise or _advertised(settings.host, self.server.address[1])
+        log.info("listening on %s", wire.format_address(settings.host, self.server.address[1]))
+        self._open_replica(settings)
+        bind_host = None if settings.host in ("", "0.0.0.0", "::") else settings.host
+        self.peers = Peers(self.loop, self, self.id, bind_host)
+        self._closing.append(self.peers.close)
+        self.loop.every(settings.timing.tick_s, self._tick)
+        self.loop.on_turn.append(lambda: self.replica.flush(time.monotonic()))
+        self._begin_or_join(settings)
+
+    def _open_replica(self, settings: Settings) -> None:
+        """Put the member together from what its disk remembers."""
+        journal = Log.open(self.data.log_path, repair=settings.repair)
+        self._closing.append(journal.close)
+        self.data.change(born=True)
+        store = _open_store(self.data.store_path, settings.repair)
+        self._closing.append(store.close)
+        raft_log = _recovered_log(journal, store, settings.repair)
+        config = store.meta.configuration or Configuration(self.data.identity.cluster or "", settings.election)
+        bounds = Bounds()
+        now = time.monotonic()
+        rng = random.Random()
+        self._make_election = lambda name: STRATEGIES[name](settings.timing.election_timeout_s, rng)
+        raft = Raft(
+            self.id, self.name, raft_log, journal.hard_state, config, self._make_election(config.election),
+            now, store.meta.applied, settings.timing, bounds,
+        )  # fmt: skip
+        writer = LogWriter(journal, self.loop.post, self._saved, self._disk_failed, self._disk_space)
+        self._closing.append(writer.close)
+        worker = Worker(self.loop.post)
+        self._closing.append(worker.close)
+        machine = Machine(store, store.meta.applied)
+        self.replica = Replica(
+            raft, machine, writer, self._send, journal.read, lambda: time.time_ns() // 1_000_000, bounds
+        )
+        self.sync = Sync(self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds)
+        self._closing.append(self.sync.close)
+        self.replica.snapshots = self.sync
+        if not store.verified:
+            worker.run(store.verify, self._verified)
+        log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
+
+    def _begin_or_join(self, settings: Settings) -> None:
+        identity, raft = self.data.identity, self.replica.raft
+        if settings.registry is not None:
+            self._discovery = Discovery(self.loop, settings.registry, self._introduce, self._on_nodes)
+            self._closing.append(self._discovery.close)
+        if identity.founding is not None and raft.log.last_index == 0 and raft.term == 0:
+            raft.found(Configuration.from_json(identity.founding), time.time_ns() // 1_000_000)
+        elif identity.cluster is None and settings.registry is None:
+            self._found(str(uuid.uuid4()), [])
+
+    @property
+    def cluster(self) -> str | None:
+        """See service.Node."""
+        return self.data.identity.cluster
+
+    def adopt(self, cluster: str) -> None:
+        """See service.Node."""
+        log.info("%r: joins cluster %s", self, cluster)
+        self.data.change(cluster=cluster)
+
+    def _found(self, cluster: str, nodes: list[dict[str, Any]]) -> None:
+        """Begin `cluster`, with these `nodes` as its first voters, or with this one alone."""
+        members = [Member(str(n["id"]), str(n["name"]), str(n["address"]), voter=True) for n in nodes]
+        members = [m for m in members if m.id != self.id] + [Member(self.id, self.name, self.address, voter=True)]
+        members.sort(key=lambda m: m.id)
+        config = Configuration(cluster, self.settings.election, tuple(members))
+        log.info("%r: begins cluster %s of %d", self, cluster, len(members))
+        # The identity first: after a crash in between, the node founds the same cluster again.
+        self.data.change(cluster=cluster, founding=config.to_json())
+        self.replica.raft.found(config, time.time_ns() // 1_000_000)
+
+    # --- the registry -------------------------------------------------------------------------------------------
+
+    def _introduce(self) -> dict[str, Any]:
+        return {"id": self.id, "name": self.name, "address": self.address, "cluster": self.cluster}
+
+    def _on_nodes(self, sightings: dict[str, Sighting], cluster: str | None) -> None:
+        self._sightings = sightings
+        self._registry_cluster = cluster
+        for sighting in sightings.values():
+            if sighting.id != self.id:
+                self.peers.sighted(sighting)
+        self._keep_peers()
+        self._bootstrap()
+
+    def _bootstrap(self) -> None:
+        """While there is no cluster anywhere, ask to begin it."""
+        if self.cluster is None and self._registry_cluster is None and self._discovery is not None:
+            proposal = str(uuid.uuid4())
+            request: dict[str, Any] = {"op": "bootstrap", "id": self.id, "cluster": proposal}
+            if self.settings.expect > 1:
+                request["expect"] = self.settings.expect
+            self._discovery.ask(request, self._on_bootstrap)
+
+    def _on_bootstrap(self, reply: dict[str, Any]) -> None:
+        if self.cluster is not None or reply.get("ok") is not True:
+            return
+        self._registry_cluster = reply.get("cluster")
+        if reply.get("granted") is True and type(reply.get("cluster")) is str:
+            self._found(reply["cluster"], reply.get("nodes") or [])
+            if self._discovery is not None:
+                self._discovery.register()
+        elif self._registry_cluster is None:
+            self.loop.call_later(BOOTSTRAP_EVERY_S, self._bootstrap)
+
+    # --- the other members --------------------------------------------------------------------------------------
+
+    def introduction(self, to: str) -> dict[str, Any]:
+        """See peers.Host."""
+        return {"op": "peer", "to": to, "version": 1, **self._introduce()}
+
+    def received(self, message: Message) -> None:
+        """See peers.Host."""
+        if type(message) is Call:
+            self.service.on_call(message)
+        elif type(message) is CallReply:
+            self.service.on_call_reply(message)
+        else:
+            self.replica.step(message, time.monotonic())
+
+    def connected(self, peer: str) -> None:
+        """See peers.Host."""
+        self.replica.connected(peer)
+
+    def disconnected(self, peer: str) -> None:
+        """See peers.Host."""
+        self.replica.disconnected(peer, time.monotonic())
+        self.sync.disconnected(peer)
+        self.service.disconnected(peer)
+        self._keep_peers()
+
+    def refused(self, peer: str, code: str, message: str) -> None:
+        """See peers.Host."""
+        if code == "forbidden":
+            raise Fatal(
+                f"This node was removed from its cluster. To let it join again as a new member, remove {self.data.path}."
+            )
+        log.warning("%r: %s refused our connection: %s", self, peer, message)
+
+    def _send(self, message: Message) -> None:
+        self.peers.send(message)
+
+    def _keep_peers(self) -> None:
+        self.peers.keep({m.id for m in self.replica.raft.config.members} | self.peers.introduced())
+
+    def standings(self) -> dict[str, Standing]:
+        """See service.Node."""
+        raft, now = self.replica.raft, time.monotonic()
+        return {
+            id: Standing(
+                now - p.heard_at,
+                not p.probing and not p.snapshot and raft.log.last_index - p.match <= CAUGHT_UP_ENTRIES,
+            )
+            for id, p in raft.progress.items()
+        }  # fmt: skip
+
+    # --- time ---------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self.replica.tick(now)
+        self.sync.tick(now)
+        self.service.tick(now)
+        raft = self.replica.raft
+        if raft.config is not self._known_config:
+            self._on_config(raft.config)
+        if self.data.identity.founding is not None and raft.commit >= 1:
+            self.data.change(founding=None)
+        if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
+            self._next_membership_at = now + MEMBERSHIP_EVERY_S
+            self._tend_members()
+        state = (raft.role_shown, raft.term, raft.leader)
+        if state != self._shown_state:
+            self._shown_state = state
+            leader = raft.config.member(raft.leader) if raft.leader else None
+            log.info("%r%s", self, f", led by {leader.name}" if leader and leader.id != self.id else "")
+        if self._leave_phase:
+            self._leave(now)
+
+    def _on_config(self, config: Configuration) -> None:
+        self._known_config = config
+        for member in config.members:
+            if member.id != self.id and member.id not in self._sightings:
+                self.peers.sighted_if_unknown(Sighting(member.id, member.name, member.address))
+        self._keep_peers()
+        if config.members and config.election != self.replica.raft.election.name:
+            log.warning("%r: the cluster holds its elections by %r; so does this node now", self, config.election)
+            self.replica.raft.election = self._make_election(config.election)
+            self.replica.raft.election.follow(time.monotonic())
+        voters = [m.name for m in config.members if m.voter]
+        learners = [m.name for m in config.members if not m.voter]
+        if config.members:
+            log.info("%r: voters %s%s", self, ", ".join(voters), f"; learners {', '.join(learners)}" if learners else "")
+
+    def _tend_members(self) -> None:
+        """As the leader, bring the configuration one step closer to what it should be."""
+        raft = self.replica.raft
+        if not raft.has_committed_in_term or raft.config_index > raft.commit or raft.transfer_to is not None:
+            return
+        sightings = {**self._sightings, self.id: Sighting(self.id, self.name, self.address)}
+        for id in list(sightings):
+            if id != self.id and raft.config.member(id) is not None:
+                sightings[id] = replace(sightings[id], address=self.peers.address(id) or sightings[id].address)
+        change = next_change(raft.config, self.id, sightings, self.standings(), self.patience)
+        if change is not None:
+            try:
+                raft.change(change, time.time_ns() // 1_000_000)
+            except (NoLeader, Overloaded, BadRequest) as error:
+                log.warning("%r: the members can't be changed now: %s", self, error)
+
+    # --- the disk -----------------------------------------------------------------------------------------------
+
+    def _saved(self, ticket: int) -> None:
+        self.replica.saved(ticket, time.monotonic())
+
+    def _disk_failed(self, error: BaseException) -> None:
+        raise Fatal(f"The log can't be written any more ({error}); the node ends rather than promise what it can't keep.")
+
+    def _disk_space(self, room: bool) -> None:
+        self.disk_full = not room
+        self.replica.raft.may_stand = room
+        if not room:
+            self.replica.raft.resign()
+
+    def _verified(self, _: Any, error: Exception | None) -> None:
+        if isinstance(error, CorruptStore):
+            self.replica.distrust(error.message)
+        elif error is not None:
+            log.warning("%r: the snapshot could not be verified: %s", self, error)
+
+    # --- leaving ------------------------------------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Begin to leave; `run` returns when that is done. On the loop's thread."""
+        if self._leave_phase:
+            return
+        log.info("%r: leaving", self)
+        self.server.stop_accepting()
+        if self._discovery is not None:
+            self._discovery.close()
+        self._leave_phase = 1
+        self._leave_at = time.monotonic() + HAND_OVER_S
+        successor = self.service.best_successor() if self.replica.is_leader else None
+        if successor is not None:
+            self.replica.raft.transfer(successor.id, time.monotonic())
+        self._leave(time.monotonic())
+
+    def _leave(self, now: float) -> None:
+        """First the leadership goes, then who waits is answered, then the others have a moment to notice."""
+        raft = self.replica.raft
+        if self._leave_phase == 1:
+            handing_over = self.replica.is_leader and raft.transfer_to is not None
+            in_between = not self.replica.is_leader and raft.leader is None and raft.config.voters != (self.id,)
+            if (handing_over or in_between) and now < self._leave_at:
+                return
+            self.service.leaving = True
+            self._leave_phase, self._leave_at = 2, now + DRAIN_S
+        if self._leave_phase == 2 and (self.replica.idle or now >= self._leave_at):
+            self._leave_phase, self._leave_at = 3, now + LINGER_S
+        elif self._leave_phase == 3 and now >= self._leave_at:
+            self.loop.stop()
+
+    def run(self) -> None:
+        """Serve until `leave`, or until something fatal comes out."""
+        self.loop.run()
+        log.info("%r: left", self)
+
+    def close(self) -> None:
+        """End everything, the newest first: what was saved is flushed. May be called twice."""
+        while self._closing:
+            self._closing.pop()()
+
+
+def _open_store(path: Path, repair: bool) -> Store:
+    try:
+        return Store.open(path)
+    except CorruptStore as error:
+        if not repair:
+            raise CorruptStore(f"{error.message} Start the node once with --repair to fetch the data from the leader.") from error
+        damaged = path.with_suffix(".damaged")
+        log.warning("%s; it is kept as %s", error.message, damaged)
+        os.replace(path, damaged)
+        for side in ("-wal", "-shm"):
+            path.with_name(path.name + side).unlink(missing_ok=True)
+        return Store.open(path)
+
+
+def _recovered_log(journal: Log, store: Store, repair: bool) -> RaftLog:
+    """The log as Raft sees it, made to fit the snapshot: it goes on where that ends, or begins anew behind it."""
+    raft_log = RaftLog(journal.read, *journal.base, journal.batches)
+    meta = store.meta
+    if raft_log.term_at(meta.applied) == meta.term:
+        return raft_log
+    if meta.applied < raft_log.base_index:
+        if not repair:
+            raise CorruptStore(
+                f"{store.path} ends at {meta.applied}, but the log begins after {raft_log.base_index}; "
+                "start the node once with --repair to fetch the data from the leader."
+            )
+        state = journal.hard_state
+        journal.write(HardState(state.term, state.vote, doubt=True), [], (meta.applied, meta.term))
+    else:
+        journal.write(None, [], (meta.applied, meta.term))
+    journal.sync()
+    raft_log.reset(meta.applied, meta.term)
+    return raft_log
+
+
+def _advertised(host: str, port: int) -> str:
+    """What the others are told when nothing else was said: a host that stands for all is of no use to them."""
+    if host in ("", "0.0.0.0", "::"):
+        host = socket.gethostname()
+        log.warning("listening on all addresses; the others are told %s (--advertise says otherwise)", host)
+    return wire.format_address(host, port)
+
+
+def parse(argv: list[str] | None) -> Settings:
+    """The settings that the command line and the environment give. Ends the process with exit code 2 where they don't fit."""
+    parser = SettingsParser(
+        "DDB",
+        prog="ddb-node",
+        description="Run one node of a ddb cluster, or, without a registry, a complete database of one node.",
+        epilog="example:\n  python -m ddb.registry &\n  python -m ddb.node -ra 127.0.0.1:8080 --port 8051 --data-dir n1",
+    )
+
+    def address(text: str) -> tuple[str, int]:
+        return _address(parser, text)
+
+    parser.setting("-ra", "--registry", type=address, default=None, metavar="ADDR", help="the registry, HOST:PORT or http://HOST:PORT")
+    parser.setting("--host", type=str, default="127.0.0.1", help="the address to listen on, 127.0.0.1 by default")
+    parser.setting("--port", type=whole(0, 65535), default=8050, help="the port to listen on, 8050 by default; 0 picks a free one")
+    parser.setting("--advertise", type=address, default=None, metavar="HOST:PORT", help="the address that others are told")
+    parser.setting("--data-dir", type=Path, default=None, metavar="DIR", help="where the data is, ddb-data-PORT by default")
+    parser.setting("--name", type=_name, default=None, help="what people call the node; its id when not given")
+    parser.setting("--election", type=_strategy, default="bully", metavar="bully|raft", help="how a new cluster holds elections")
+    parser.setting("--expect", type=whole(1, 99), default=1, metavar="N", help="begin a cluster only when N nodes are there, with all of them")
+    parser.setting("--replace-after", type=seconds(1, 1e7), default=30.0, metavar="SECONDS", help="how long a voter must be dead before a newcomer takes its place, 30 by default")
+    parser.setting("--max-frame", type=whole(1024, 64 << 20), default=16 << 20, metavar="BYTES", help="the largest request taken, 16 MiB by default")
+    parser.setting("--checkpoint-every", type=whole(1, 1 << 40), default=100_000, metavar="ENTRIES", help="how often the snapshot is brought up to date")
+    parser.setting("--retain", type=whole(0, 1 << 40), default=20_000, metavar="ENTRIES", help="how many entries the log keeps behind the snapshot")
+    parser.add_argument("--repair", action="store_true", help="give up what is damaged in log or snapshot; the leader has it")
+    found = parser.parse_args(argv)
+    return Settings(
+        data_dir=found.data_dir or Path(f"ddb-data-{found.port}"),
+        registry=found.registry,
+        host=found.host,
+        port=found.port,
+        advertise=wire.format_address(*found.advertise) if found.advertise else None,
+        name=found.name,
+        election=found.election,
+        expect=found.expect,
+        replace_after_s=found.replace_after,
+        frame_bytes_max=found.max_frame,
+        policy=Policy(entries=found.checkpoint_every, retain_entries=found.retain),
+        repair=found.repair,
+    )
+
+
+def _address(parser: SettingsParser, text: str) -> tuple[str, int]:
+    try:
+        return wire.parse_address(text)
+    except BadRequest as error:
+        raise ValueError(error.message) from None
+
+
+def _name(text: str) -> str:
+    if not 0 < len(text) <= 64 or not text.isprintable() or " " in text:
+        raise ValueError("a name has 1 to 64 printable characters and no space")
+    return text
+
+
+def _strategy(text: str) -> str:
+    if text not in STRATEGIES:
+        raise ValueError(f"the elections are {' and '.join(sorted(STRATEGIES))}")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a node until it is told to end. Returns the exit code: 0 after SIGTERM or SIGINT, 1 after a failure."""
+    settings = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    sys.set_int_max_str_digits(wire.DIGITS_MAX)
+    node: Node | None = None
+    try:
+        node = Node(settings)
+        running = node
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: running.loop.post(running.leave))
+        # What start-up has made stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        node.run()
+        return 0
+    except StartupError as error:
+        log.error("%s", error.message)
+    except (Fatal, InvariantError, DdbError, OSError) as error:
+        log.critical("%s", error)
+    finally:
+        if node is not None:
+            node.close()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,432 @@
+"""What a client may ask of a node: one table of operations (docs/protocol.md).
+
+Laws: each request is judged whole before it waits for anybody, so what is wrong fails at once; a request gets
+exactly one reply, by its deadline; who must ask the leader (membership, leadership) is passed on to it unless
+the request says `"forward":false`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from ddb import __version__, codec, http, wire
+from ddb.commands import WRITES, prepare, prepare_read
+from ddb.errors import (
+    BadRequest,
+    DdbError,
+    Forbidden,
+    NoLeader,
+    NotLeader,
+    ReadOnly,
+    ShuttingDown,
+    Timeout,
+    WrongCluster,
+)
+from ddb.membership import Patience, Sighting, Standing, survives
+from ddb.messages import Call, CallReply, Member
+from ddb.peers import Peers
+from ddb.replica import Replica
+from ddb.routes import node_routes
+from ddb.server import Slot
+from ddb.sync import Sync
+
+log = logging.getLogger(__name__)
+
+TIMEOUT_S: Final = 5.0
+TIMEOUT_MAX_S: Final = 3600.0
+LOG_LIMIT: Final = 100
+LOG_LIMIT_MAX: Final = 10_000
+LOG_BYTES_MAX: Final = 4 << 20
+LATER: Final = (
+    "watch", "session_open", "session_close", "lease_grant", "lease_keepalive", "lease_revoke", "lease_list",
+    "backup", "trace",
+)  # fmt: skip
+
+Request = dict[str, Any]
+
+
+class Node(Protocol):
+    """What the service needs of its node."""
+
+    id: str
+    name: str
+    address: str
+    replica: Replica
+    sync: Sync
+    peers: Peers
+    patience: Patience
+    disk_full: bool
+    started_at: float
+
+    @property
+    def cluster(self) -> str | None:
+        """The id of the cluster, once there is one."""
+
+    def adopt(self, cluster: str) -> None:
+        """Become part of `cluster`, durably; only for a node without one."""
+
+    def standings(self) -> dict[str, Standing]:
+        """What the leader knows of the others."""
+
+
+class NodeService:
+    """The operations of `node`."""
+
+    def __init__(self, node: Node) -> None:
+        self.leaving = False
+        self._node = node
+        self._routes = node_routes()
+        self._calls: dict[int, tuple[str, Slot]] = {}  # passed on to the leader: to whom, and for whom
+        self._tickets = 0
+        self._transfers: list[tuple[str, Slot]] = []  # who led, and who waits for another to lead
+        self._ops: dict[str, Callable[[Request, Slot], None]] = {
+            **dict.fromkeys(WRITES, self._write),
+            "get": self._read,
+            "scan": self._read,
+            "count": self._read,
+            "ping": self._ping,
+            "status": self._status,
+            "ready": self._ready,
+            "members": self._members,
+            "member_remove": lambda request, slot: self._at_leader(request, slot, self._remove),
+            "member_promote": lambda request, slot: self._at_leader(request, slot, self._promote),
+            "transfer": lambda request, slot: self._at_leader(request, slot, self._transfer),
+            "snapshot": lambda request, slot: self._node.sync.checkpoint(slot, time.monotonic()),
+            "log": self._log,
+            "peer": self._peer,
+            **dict.fromkeys(LATER, self._later),
+        }
+
+    @property
+    def routes(self) -> Sequence[http.Route]:
+        """See server.Service."""
+        return self._routes
+
+    def request(self, request: Request, slot: Slot) -> None:
+        """See server.Service."""
+        op = request.get("op")
+        handle = self._ops.get(op) if type(op) is str else None
+        if handle is None:
+            raise _unknown(op)
+        if self.leaving:
+            raise ShuttingDown("This node is leaving; ask another.")
+        timeout_s = request.get("timeout", TIMEOUT_S)
+        if timeout_s.__class__ not in (int, float) or not 0 < timeout_s <= TIMEOUT_MAX_S:
+            raise BadRequest(f"`timeout` is a number of seconds above 0 and up to {TIMEOUT_MAX_S:g}.")
+        slot.deadline = time.monotonic() + timeout_s
+        handle(request, slot)
+
+    def tick(self, now: float) -> None:
+        """Answer those who wait for a change of leadership, or whose time is up."""
+        for ticket, (_, slot) in list(self._calls.items()):
+            if slot.deadline <= now:
+                del self._calls[ticket]
+                slot.fail(Timeout("The leader has not answered in time; the change may have been made or not."))
+        still: list[tuple[str, Slot]] = []
+        for old, slot in self._transfers:
+            leader = self._leader()
+            if leader is not None and leader.id != old:
+                slot.reply(self._new_leader(leader))
+            elif slot.deadline <= now or (leader is not None and self._node.replica.raft.transfer_to is None):
+                slot.fail(NoLeader("The leadership did not move in time; look at `status`, and try again."))
+            else:
+                still.append((old, slot))
+        self._transfers = still
+
+    def disconnected(self, peer: str) -> None:
+        """Whatever was passed on to `peer` gets no reply any more."""
+        for ticket in [ticket for ticket, (leader, _) in self._calls.items() if leader == peer]:
+            self._calls.pop(ticket)[1].fail(Timeout("The leader was lost meanwhile; the change may have been made or not."))
+
+    # --- data ---------------------------------------------------------------------------------------------------
+
+    def _write(self, request: Request, slot: Slot) -> None:
+        node = self._node
+        entry, command = prepare(request)
+        if "forward" in request:
+            self._check_forward(request)
+        if node.disk_full and node.replica.is_leader:
+            raise ReadOnly("The disk of this node is full, so nothing can be written; free some space. Reads still work.")
+        node.replica.write(entry, command, slot)
+
+    def _read(self, request: Request, slot: Slot) -> None:
+        command = prepare_read(request)
+        mode = request.get("read", "linearizable")
+        if mode == "linearizable":
+            self._node.replica.read(command, slot)
+        elif mode == "stale":
+            now = time.monotonic()
+            max_lag_s = request.get("max_lag")
+            if max_lag_s is not None:
+                if max_lag_s.__class__ not in (int, float) or max_lag_s < 0:
+                    raise BadRequest("`max_lag` is a number of seconds.")
+                if self._node.replica.raft.lag_s(now) > max_lag_s:
+                    raise NoLeader(f"This node has not heard from a leader for more than {max_lag_s} s; ask another.")
+            self._node.replica.read_stale(command, slot, now)
+        else:
+            raise BadRequest('`read` is "linearizable" or "stale".')
+
+    def _ready(self, request: Request, slot: Slot) -> None:
+        """Whether linearizable reads can be served here: served is one that looks at nothing."""
+        slot.deadline = min(slot.deadline, time.monotonic() + 1.0)
+        self._node.replica.read(["count", {"start": "", "end": ""}], slot)
+
+    def _log(self, request: Request, slot: Slot) -> None:
+        raft = self._node.replica.raft
+        limit = _whole(request, "limit", LOG_LIMIT, LOG_LIMIT_MAX)
+        first = raft.log.base_index + 1
+        start = _whole(request, "from", max(first, raft.log.last_index - limit + 1), 1 << 62)
+        entries: list[Request] = []
+        size = 0
+        for summary in raft.log.batches(start - 1 if start <= first else raft.log.begin_at(start) - 1):
+            data = summary.data or raft.log.bytes_of(summary.first)
+            size += len(data)
+            if len(entries) >= limit or (entries and size > LOG_BYTES_MAX):
+                break
+            batch = codec.decode_batch(data)
+            common = {"term": batch.term, "at": batch.at_ms}
+            if batch.config is not None:
+                entries.append({"index": batch.first, **common, "config": batch.config.to_json()})
+            for index, command in enumerate(batch.commands or [], batch.first):
+                if index >= start and len(entries) < limit:
+                    entries.append({"index": index, **common, "command": command})
+        reply = {"ok": True, "entries": entries, "first": first, "last": raft.log.last_index, "commit": raft.commit}
+        slot.reply(wire.encode(reply))
+
+    def _later(self, request: Request, slot: Slot) -> None:
+        raise BadRequest(f"{request['op']!r} is not available in this version of ddb.")
+
+    # --- the cluster --------------------------------------------------------------------------------------------
+
+    def _ping(self, request: Request, slot: Slot) -> None:
+        slot.reply(wire.encode({"ok": True, "node": self._node.name, "time": time.time()}))
+
+    def _status(self, request: Request, slot: Slot) -> None:
+        node, raft = self._node, self._node.replica.raft
+        leader = self._leader()
+        now = time.monotonic()
+        table: Any = node.replica.machine.table
+        lag_s = raft.lag_s(now)
+        status = {
+            "ok": True,
+            "node": node.name,
+            "id": node.id,
+            "cluster": node.cluster,
+            "address": node.address,
+            "role": raft.role_shown.value,
+            "term": raft.term,
+            "leader": {"name": leader.name, "address": leader.address} if leader else None,
+            "election": raft.election.name,
+            "log": {
+                "first": raft.log.base_index + 1,
+                "last": raft.log.last_index,
+                "commit": raft.commit,
+                "applied": node.replica.machine.applied,
+                "persisted": raft.durable,
+            },
+            "snapshot": {"rev": table.meta.applied},
+            "members": [_shown(m) for m in raft.config.members],
+            "lag": None if lag_s == float("inf") else round(lag_s, 3),
+            "uptime": round(now - node.started_at, 3),
+            "version": __version__,
+            "keys": table.key_count,
+            "digest": f"{table.digest:016x}",
+            "read_only": node.disk_full,
+        }
+        slot.reply(wire.encode(status))
+
+    def _members(self, request: Request, slot: Slot) -> None:
+        """The leader knows more; without one, the bare list is better than nothing."""
+        raft = self._node.replica.raft
+        if not self._node.replica.is_leader and self._leader() is not None and request.get("forward") is not False:
+            self._call(request, slot)
+            return
+        standings = self._node.standings() if self._node.replica.is_leader else {}
+        members: list[Request] = []
+        for member in raft.config.members:
+            entry = {**_shown(member), "alive": None, "match": None, "last_heard": None}
+            if member.id == self._node.id:
+                entry.update(alive=True, match=raft.durable, last_heard=0.0)
+            elif member.id in standings:
+                silent_s = standings[member.id].silent_s
+                alive = silent_s < self._node.patience.dead_after_s
+                entry.update(alive=alive, match=raft.progress[member.id].match, last_heard=round(silent_s, 3))
+            members.append(entry)
+        slot.reply(wire.encode({"ok": True, "members": members, "rev": raft.config_index}))
+
+    def _remove(self, request: Request, slot: Slot) -> None:
+        node, raft = self._node, self._node.replica.raft
+        member = self._named(request, "name")
+        config = raft.config.without(member.id)
+        if not config.voters:
+            raise BadRequest(f"{member.name!r} is the last voter; a cluster can't be without any.")
+        if not survives(config, node.id, node.standings(), node.patience):
+            raise BadRequest(f"Without {member.name!r} no majority of the voters would be alive; first bring others up.")
+        node.replica.change(config, slot)
+
+    def _promote(self, request: Request, slot: Slot) -> None:
+        node, raft = self._node, self._node.replica.raft
+        member = self._named(request, "name")
+        if member.voter:
+            slot.reply(b'{"ok":true,"rev":%d}' % raft.config_index)
+            return
+        standing = node.standings().get(member.id)
+        if standing is None or not standing.caught_up:
+            raise BadRequest(f"{member.name!r} has not caught up with the log yet; wait until it has.")
+        config = raft.config.with_member(Member(member.id, member.name, member.address, voter=True))
+        if not survives(config, node.id, node.standings(), node.patience):
+            raise BadRequest(f"With {member.name!r} as a voter no majority would be alive; first bring others up.")
+        node.replica.change(config, slot)
+
+    def _transfer(self, request: Request, slot: Slot) -> None:
+        node, raft = self._node, self._node.replica.raft
+        if request.get("to") is not None:
+            member = self._named(request, "to")
+            if member.id == node.id:
+                slot.reply(self._new_leader(member))
+                return
+        else:
+            best = self.best_successor()
+            if best is None:
+                raise BadRequest("There is no other voter that could lead.")
+            member = best
+        standing = node.standings().get(member.id)
+        if member.voter and (standing is None or standing.silent_s >= node.patience.dead_after_s):
+            raise BadRequest(f"{member.name!r} does not answer, so it can't lead.")
+        raft.transfer(member.id, time.monotonic())
+        self._transfers.append((node.id, slot))
+
+    def best_successor(self) -> Member | None:
+        """The living voter whose log is closest to the leader's."""
+        raft = self._node.replica.raft
+        standings = self._node.standings()
+        alive = [
+            m for m in raft.config.members
+            if m.voter and m.id in standings and standings[m.id].silent_s < self._node.patience.dead_after_s
+        ]  # fmt: skip
+        return max(alive, key=lambda m: (raft.progress[m.id].match, m.name), default=None)
+
+    def _peer(self, request: Request, slot: Slot) -> None:
+        """Another node introduces itself (peers.py); from now on the connection is its."""
+        node = self._node
+        for field in ("cluster", "id", "name", "address", "to"):
+            if type(request.get(field)) is not str:
+                raise BadRequest(f"A node introduces itself with the string {field!r}.")
+        connection = slot.connection
+        try:
+            if request["to"] != node.id:
+                raise BadRequest(f"This is node {node.name!r} with the id {node.id}, not the one you look for.")
+            if node.cluster is not None and request["cluster"] != node.cluster:
+                raise WrongCluster(f"Node {node.name!r} belongs to cluster {node.cluster}, not {request['cluster']}.")
+            if request["id"] in node.replica.raft.config.removed:
+                raise Forbidden("The node was removed from the cluster.")
+            wire.parse_address(request["address"])
+        except DdbError as error:
+            slot.fail(error)
+            connection.close_when_flushed()
+            return
+        if node.cluster is None:
+            node.adopt(request["cluster"])
+        node.peers.accept(connection, Sighting(request["id"], request["name"], request["address"]))
+
+    def _named(self, request: Request, field: str) -> Member:
+        """The member that `request[field]` names, by name or id."""
+        name = request.get(field)
+        if type(name) is not str or not name:
+            raise BadRequest(f"`{field}` is the name or the id of a member.")
+        members = self._node.replica.raft.config.members
+        found = [m for m in members if m.id == name] or [m for m in members if m.name == name]
+        if not found:
+            known = ", ".join(sorted(m.name for m in members))
+            raise BadRequest(f"No member is called {name[:60]!r}; the members are {known}.")
+        if len(found) > 1:
+            raise BadRequest(f"Several members are called {name[:60]!r}; give the id of one.")
+        return found[0]
+
+    # --- passing on ---------------------------------------------------------------------------------------------
+
+    def _leader(self) -> Member | None:
+        raft = self._node.replica.raft
+        return raft.config.member(raft.leader) if raft.leader is not None else None
+
+    def _new_leader(self, leader: Member) -> bytes:
+        return wire.encode({"ok": True, "leader": leader.address, "name": leader.name})
+
+    def _check_forward(self, request: Request) -> None:
+        if request.get("forward") is False and not self._node.replica.is_leader:
+            leader = self._leader()
+            if leader is None:
+                raise NoLeader("This node knows no leader now; try again.")
+            raise NotLeader(f"The leader is {leader.name!r}; ask it.", leader=leader.address)
+
+    def _at_leader(self, request: Request, slot: Slot, handle: Callable[[Request, Slot], None]) -> None:
+        self._check_forward(request)
+        if self._node.replica.is_leader:
+            handle(request, slot)
+        else:
+            self._call(request, slot)
+
+    def _call(self, request: Request, slot: Slot) -> None:
+        leader = self._leader()
+        if leader is None:
+            raise NoLeader("This node knows no leader now; try again.")
+        self._tickets += 1
+        self._calls[self._tickets] = (leader.id, slot)
+        request = {name: value for name, value in request.items() if name != "id"}
+        self._node.peers.send(Call(self._node.id, leader.id, self._tickets, request))
+
+    def on_call(self, m: Call) -> None:
+        """A follower passes on a client's request."""
+        slot = _CallSlot(self._node.peers, m)
+        try:
+            self.request({**m.request, "forward": False}, slot)  # type: ignore[arg-type]
+        except DdbError as error:
+            slot.fail(error)
+
+    def on_call_reply(self, m: CallReply) -> None:
+        """The leader answers a request that was passed on to it."""
+        call = self._calls.pop(m.ticket, None)
+        if call is not None:
+            leader = self._leader()
+            extra = {"leader": leader.address} if leader is not None else {}
+            call[1].reply(wire.encode({**extra, **m.reply} if m.reply.get("ok") else m.reply))
+
+
+class _CallSlot:
+    """The place of a request that another member passed on."""
+
+    def __init__(self, peers: Peers, call: Call) -> None:
+        self.deadline = 0.0
+        self.done = False
+        self._peers = peers
+        self._call = call
+
+    def reply(self, body: bytes) -> None:
+        if not self.done:
+            self.done = True
+            m = self._call
+            self._peers.send(CallReply(m.dst, m.src, m.ticket, wire.decode_trusted(body)))
+
+    def fail(self, error: DdbError) -> None:
+        self.reply(wire.failure(error))
+
+
+def _unknown(op: Any) -> BadRequest:
+    if type(op) is not str:
+        return BadRequest('The request needs an `op`, a string like "get".')
+    return BadRequest(f"There is no operation {op[:60]!r}; docs/protocol.md lists them.")
+
+
+def _shown(member: Member) -> Request:
+    role = "voter" if member.voter else "learner"
+    return {"name": member.name, "id": member.id, "address": member.address, "role": role}
+
+
+def _whole(request: Request, field: str, default: int, most: int) -> int:
+    value = request.get(field, default)
+    if type(value) is not int or not 0 <= value <= most:
+        raise BadRequest(f"`{field}` is a whole number up to {most}.")
+    return value
