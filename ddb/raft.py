@@ -19,13 +19,18 @@ commit index, confirms that it still leads with one exchange for all the reads t
 that index may answer (ReadIndex, diss. §6.4). Members come and go one at a time (diss. §4), learners first.
 
 Two things go beyond the paper. *Batches* are whole (messages.py), so every index that travels ends one.
-*Doubt*: a member whose disk lost the end of its log may have forgotten acknowledgements; it says so in its
-votes, and such votes elect nobody unless every single voter agrees. A leader's confirmation ends the doubt.
+*Doubt*: a member whose disk lost the end of its log may have forgotten entries that it acknowledged and votes that it
+gave, in this term or in a later one. It says so in all it answers, and counts for nothing: not for an election
+(unless every single voter agrees: then nobody is left whom a forgotten vote could elect), not for a commit, not for a
+read. The doubt ends when the leader has committed, without this member's help, an entry that it appended after
+it heard of the doubt, and the member has that entry too: so it has all that it ever acknowledged; and who might still
+collect votes on the strength of a forgotten one lacks that entry, which a majority would miss in his log.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ddb import codec
@@ -97,7 +102,14 @@ class Progress:
     commit_sent: int = 0
     heard_at: float = 0.0
     sent_at: float = float("-inf")
-    confirm_at: int | None = None  # a member in doubt is confirmed once it matches up to here
+    doubt_at: int | None = None  # in doubt until the entry here is committed, and the member has it
+    doubt_round: int = 0  # what it said before it echoed this round, it may have forgotten
+    vouched: bool = False  # every voter elected the leader, so no forgotten vote can matter
+
+    @property
+    def counts(self) -> bool:
+        """Whether the member's word is good: it is not in doubt."""
+        return self.doubt_at is None or self.vouched
 
 
 class Raft:
@@ -148,7 +160,7 @@ class Raft:
         self._votes: dict[str, bool] = {}  # who granted -> whether in doubt
         self._transferred = False
         self._term_begin = 0  # the leader's no-op: from here on entries are of its own term
-        self._leader_since = now
+        self._ticked_at = now
         self._transfer_deadline = 0.0
         self._spread_commit = False
         self._round = 0
@@ -214,8 +226,11 @@ class Raft:
 
     def tick(self, now: float) -> None:
         """Let time pass. To be called every `tick_s` or so."""
+        stalled = now - self._ticked_at >= self.timing.election_timeout_s
+        self._ticked_at = now
         if self.role is Role.LEADER:
-            self._check_quorum(now)
+            self._check_quorum(now, stalled)
+            self._clear_doubts()
             self._spread_commit = True
             if self.transfer_to and now >= self._transfer_deadline:
                 self.transfer_to = None
@@ -227,7 +242,10 @@ class Raft:
         self._connected.add(peer)
         if progress := self.progress.get(peer):
             progress.sent_at = float("-inf")
-            if not progress.snapshot:  # what was under way on the old connection is lost: find out anew
+            progress.vouched = False
+            if progress.doubt_at is not None:
+                self._doubt(progress)  # it may have started again, and have forgotten again
+            elif not progress.snapshot:  # what was under way on the old connection is lost: find out anew
                 self._probe(progress, progress.match + 1 if progress.match else progress.next)
 
     def disconnected(self, peer: str, now: float) -> None:
@@ -290,7 +308,7 @@ class Raft:
 
         Raises NoLeader where this is no leader (or one that hands over) and Overloaded while another change is under way, or
         before the leader has committed an entry of its term (the mending of diss. §4.1, raft-dev 2015).
-        Raises BadRequest where more than one voter would come or go.
+        Raises BadRequest where more than one voter would come or go, or no voter be left.
         """
         if self.role is not Role.LEADER or self.transfer_to is not None:
             raise NoLeader("This node does not lead (any more); ask the leader.")
@@ -299,6 +317,8 @@ class Raft:
         old, new = set(self.config.voters), set(config.voters)
         if len(old ^ new) > 1:
             raise BadRequest("Only one voter may be added or removed at a time.")
+        if not new:
+            raise BadRequest("The last voter can't be removed: nobody would be left to decide anything.")
         batch = codec.encode_config(self.log.last_index + 1, self.term, at_ms, config)
         self._append(batch)
         return batch
@@ -336,7 +356,7 @@ class Raft:
                 self._count_vote(self.id, hard_state.doubt, now)
         if index > self.durable and self.log.term_at(index) == term:
             self.durable = index
-            self.log.release(index)
+            self.log.release(min(index, self._emitted))
             if self.role is Role.LEADER:
                 self._advance_commit()
 
@@ -365,7 +385,9 @@ class Raft:
         invariant(index > self.commit, "a snapshot never takes the state back")
         if self.log.term_at(index) == term:
             self.log.compact(index)
+            self.durable = max(self.durable, index)
         else:
+            invariant(self.role is not Role.LEADER, "a leader's log holds all that is committed (§5.4, Leader Completeness)")
             self.log.reset(index, term)
             self._out.reset = (index, term)
             self._out.batches.clear()
@@ -386,9 +408,12 @@ class Raft:
         self._emitted = index
 
     def resign(self) -> None:
-        """Lead no more, though nobody else does yet: this member can't serve. The most advanced voter is told to stand."""
+        """Lead no more, nor stand, though nobody else does yet: this member can't serve. The most advanced voter is told to
+        stand."""
         if self.role is Role.LEADER:
             self._hand_over_and_leave()
+        elif self.role is Role.CANDIDATE:
+            self._step_down()
 
     def ready(self, now: float) -> Ready:
         """What is to be done because of all inputs since the last call."""
@@ -455,6 +480,9 @@ class Raft:
         self._reads_waiting.clear()
         self._reads_active.clear()
 
+    def _append_noop(self) -> None:
+        self._append(codec.encode_batch(self.log.last_index + 1, self.term, 0, [b'["noop"]'], [NOOP]))
+
     def _hear_leader(self, leader: str, now: float) -> None:
         """A message that only the leader of the current term sends has come."""
         invariant(self.role is not Role.LEADER, "one leader a term (§5.2, Election Safety)")
@@ -507,22 +535,37 @@ class Raft:
         self._round = self._read_round = 0
         self.progress = {}
         self._follow_config(now)
-        if self.doubt:
-            self.doubt = False  # it was elected: whatever a majority acknowledged, it has
+        if all(v in self._votes for v in self.config.voters):
+            self.doubt = False
+            for progress in self.progress.values():
+                progress.vouched = True
         self._term_begin = self.log.last_index + 1
-        # Raft §8: an entry of its own commits what former terms left behind.
-        self._append(codec.encode_batch(self._term_begin, self.term, 0, [b'["noop"]'], [NOOP]))
+        self._append_noop()  # an entry of its own commits what former terms left behind (§8)
 
-    def _check_quorum(self, now: float) -> None:
-        """Step down where no majority has answered within the time-out (diss. §6.2): it may lead elsewhere."""
-        oldest = now - self.timing.election_timeout_s
-        heard = sum(1 for v in self.config.voters if v == self.id or self.progress[v].heard_at > oldest)
-        if 2 * heard <= len(self.config.voters):
+    def _check_quorum(self, now: float, stalled: bool) -> None:
+        """Step down where no majority has answered within the time-out (diss. §6.2): it may lead elsewhere.
+
+        After a stall (the process was stopped, or the machine asleep) the answers that had queued up meanwhile seem fresh, and are not.
+        """
+        oldest = now if stalled else now - self.timing.election_timeout_s
+        if not self._is_majority(lambda progress: progress.heard_at > oldest):
             self._step_down()
             self.election.follow(now)
 
+    def _is_majority(self, agrees: Callable[[Progress], bool]) -> bool:
+        """Whether a majority of the voters agrees, the leader itself included, and those in doubt left out."""
+        voters = self.config.voters
+        agreed = 0
+        for voter in voters:
+            if voter == self.id:
+                agreed += not self.doubt
+            else:
+                progress = self.progress[voter]
+                agreed += progress.counts and agrees(progress)
+        return 2 * agreed > len(voters)
+
     def _on_timeout_now(self, now: float) -> None:
-        if self.role is Role.FOLLOWER and self.id in self.config.voters:
+        if self.role is Role.FOLLOWER and self.may_stand and self.id in self.config.voters:
             self._stand(now, transfer=True)
             self.election.voted(now)
 
@@ -550,7 +593,8 @@ class Raft:
 
     def _acknowledge(self, m: Append, matched: int) -> None:
         """Tell the leader what matches: at once as far as it is durable, the rest when it will be."""
-        if matched <= self.durable and not m.batches:
+        if not m.batches:
+            matched = min(matched, self.durable)  # for the rest, an acknowledgement waits already
             self._send(AppendReply(self.id, m.src, self.term, True, matched, m.round, doubt=self.doubt))
             return
         if self._ack is not None:  # one acknowledgement for all appends of this turn
@@ -583,7 +627,7 @@ class Raft:
         if batch.config is not None:
             self._configs.append((batch.first, batch.config))
             if self.role is Role.LEADER:
-                self._follow_config(self._leader_since)
+                self._follow_config(self._ticked_at)
 
     # --- the leader's half --------------------------------------------------------------------------------------
 
@@ -649,7 +693,7 @@ class Raft:
     ) -> Append:
         progress.round_sent = self._round
         progress.commit_sent = self.commit
-        confirmed = progress.confirm_at is not None and progress.match >= progress.confirm_at
+        confirmed = progress.doubt_at is not None and self._is_confirmed(progress, progress.doubt_at)
         digest = None if batches else self.digest
         return Append(
             self.id, peer, self.term, prev, prev_term, self.commit, self._round, batches, digest, confirmed
@@ -665,10 +709,11 @@ class Raft:
         progress = self._heard(m.src, now) if self.role is Role.LEADER else None
         if progress is None:
             return
+        if not self._heed_doubt(m, progress):
+            return
         if m.round > progress.round:
             progress.round = m.round
             self._confirm_reads()
-        self._heed_doubt(m, progress)
         if not m.ok:
             self._backtrack(m, progress)
             return
@@ -683,14 +728,38 @@ class Raft:
         if self.transfer_to == m.src:
             self._try_transfer()
 
-    def _heed_doubt(self, m: AppendReply, progress: Progress) -> None:
-        """A member in doubt may hold less than it once acknowledged: believe only what it says from now on."""
+    # --- members in doubt ---------------------------------------------------------------------------------------
+
+    def _heed_doubt(self, m: AppendReply, progress: Progress) -> bool:
+        """Note whether the sender is in doubt. Returns whether it still stands by what it says here."""
+        if progress.doubt_at is None:
+            if m.doubt:
+                self._doubt(progress)
+            return not m.doubt
+        if m.round < progress.doubt_round:
+            return False
         if not m.doubt:
-            progress.confirm_at = None
-        elif progress.confirm_at is None:
-            progress.confirm_at = self.log.last_index
-            progress.match = m.match if m.ok else 0
-            self._probe(progress, min(progress.next, progress.match + 1) if m.ok else progress.next)
+            progress.doubt_at = None
+            self._advance_commit()
+        return True
+
+    def _doubt(self, progress: Progress) -> None:
+        """Believe nothing that the member has said so far, and ask it anew where its log ends."""
+        self._round += 1
+        progress.doubt_at = self.log.last_index + 1
+        progress.doubt_round = self._round
+        progress.match = 0
+        if not progress.snapshot:
+            self._probe(progress, progress.next)
+
+    def _is_confirmed(self, progress: Progress, doubt_at: int) -> bool:
+        return progress.match >= doubt_at and (self.commit >= doubt_at or progress.vouched)
+
+    def _clear_doubts(self) -> None:
+        """See that there is an entry by which members in doubt can be confirmed."""
+        waiting = any(p.doubt_at is not None and p.doubt_at > self.log.last_index for p in self.progress.values())
+        if waiting and self.transfer_to is None:
+            self._append_noop()
 
     def _backtrack(self, m: AppendReply, progress: Progress) -> None:
         """The logs part before `m.rejected`: go back to where they may meet, a term at a time (§5.3)."""
@@ -713,22 +782,30 @@ class Raft:
     def _advance_commit(self) -> None:
         """Commit what a majority holds durably, if it is of this term (§5.4.2, figure 8)."""
         voters = self.config.voters
-        matches = sorted(self.durable if v == self.id else self.progress[v].match for v in voters)
+        matches = sorted(self._match(v) for v in voters)
         index = matches[(len(voters) - 1) // 2]
         if index <= self.commit or index < self._term_begin:
             return
         self.commit = index
+        self.doubt = False  # committed without its own help, see above
         if self.id not in voters and self.config_index <= index:
             self._hand_over_and_leave()
+
+    def _match(self, voter: str) -> int:
+        """Up to where `voter` counts for a commit."""
+        if voter == self.id:
+            return 0 if self.doubt else self.durable
+        progress = self.progress[voter]
+        return progress.match if progress.counts else 0
 
     def _hand_over_and_leave(self) -> None:
         """Tell the most advanced voter to stand, and step down: as the leader does whose own removal is committed
         (diss. §4.2.2)."""
+        self._send_appends(float("inf"))  # the commit index, a last time
         others = [v for v in self.config.voters if v != self.id]
         if others:
             best = max(others, key=lambda v: self.progress[v].match)
             self._send(TimeoutNow(self.id, best, self.term))
-        self._send_appends(float("inf"))  # the commit index, a last time
         self._step_down()
 
     def _try_transfer(self) -> None:
@@ -759,9 +836,7 @@ class Raft:
     def _confirm_reads(self) -> None:
         if not self._reads_active:
             return
-        voters = self.config.voters
-        sure = sum(1 for v in voters if v == self.id or self.progress[v].round >= self._read_round)
-        if 2 * sure <= len(voters):
+        if not self._is_majority(lambda progress: progress.round >= self._read_round):
             return
         for src, ticket in self._reads_active:
             if src == self.id:

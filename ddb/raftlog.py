@@ -123,13 +123,13 @@ class RaftLog:
         return self._firsts[bisect_left(self._batches, term, key=_term)]
 
     def term_end(self, term: int, upto: int) -> int | None:
-        """The last index ≤ `upto` that ends a batch of `term`; None where there is none."""
+        """The last index ≤ `upto` that ends a batch of `term`, the base included; None where there is none."""
         position = min(bisect_right(self._batches, term, key=_term), bisect_right(self._firsts, upto)) - 1
         if position >= 0 and self._batches[position].last > upto:
             position -= 1
-        if position < 0 or self._batches[position].term != term:
-            return None
-        return self._batches[position].last
+        if position < 0:
+            return self.base_index if self.base_term == term and self.base_index <= upto else None
+        return self._batches[position].last if self._batches[position].term == term else None
 
     def span(self, after: int, upto: int) -> list[Batch]:
         """The batches that lie in `after` < index ≤ `upto`, both being ends of batches."""

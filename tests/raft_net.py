@@ -150,6 +150,8 @@ class Peer:
         """Begin from what the disk holds."""
         log, state = self.disk.recover()
         snapshot = self.disk.snapshot
+        if log.base_index == snapshot.index and snapshot.index:
+            self.disk.records = [state, (log.base_index, log.base_term), *log.batches()]
         net = self.net
         strategy = STRATEGIES[net.election](net.timing.election_timeout_s, random.Random(net.rng.random()))
         self.applied, self.digest = snapshot.index, snapshot.digest
@@ -163,8 +165,9 @@ class Peer:
 
     def crash(self, torn: int = 0) -> None:
         """Stop at once. Of what was being written `torn` records happen to be on disk."""
-        unfinished = [r for ticket in self.disk.queue for r in ticket.records]
-        self.disk.records += unfinished[:torn]
+        unfinished = [r for ticket in self.disk.queue for r in ticket.records][:torn]
+        self.disk.records += unfinished
+        self.net.rules.durable(self, unfinished)
         self.disk.queue.clear()
         self.raft = None
 
@@ -192,7 +195,7 @@ class Peer:
             return False
         ticket = self.disk.queue.popleft()
         self.disk.records += ticket.records
-        self.net.rules.durable(self, ticket)
+        self.net.rules.durable(self, ticket.records)
         self.up.saved(*ticket.saved, self.net.now)
         self.net.post(ticket.after_save)
         return True
@@ -530,8 +533,8 @@ class Rules:
             known = self.batches.setdefault((batch.first, batch.term), (batch.data, log.term_at(batch.first - 1) or 0))
             invariant(known == (batch.data, log.term_at(batch.first - 1) or 0), "Log Matching (§5.3)")
 
-    def durable(self, peer: Peer, ticket: Ticket) -> None:
-        for record in ticket.records:
+    def durable(self, peer: Peer, records: list[Record]) -> None:
+        for record in records:
             if isinstance(record, Batch):
                 self.holders.setdefault((record.last, record.term), set()).add(peer.id)
 

@@ -130,7 +130,7 @@ class Chaos:
         if peer is None:
             return
         unfinished = sum(len(t.records) for t in peer.disk.queue)
-        forget = self.rng.choice([0, 1, 2, 3, 8]) if self.may_forget(peer) and self.rng.random() < 0.5 else 0
+        forget = self.rng.choice([0, 1, 2, 3, 8]) if self.forgetful and self.may_forget(peer) and self.rng.random() < 0.5 else 0
         torn = 0 if forget else self.rng.randint(0, unfinished)
         self.net.crash(peer.id, torn, forget, noticed=self.rng.random() < 0.8)
 
@@ -141,18 +141,15 @@ class Chaos:
 
     def may_forget(self, peer: Peer) -> bool:
         """Fewer than half the voters may be in doubt at once: what a majority forgets is gone."""
-        if not self.forgetful:
-            return False
         voters = min(len(p.up.config.voters) for p in self.net.running)
         others = [p for p in self.net.peers.values() if p is not peer]
-        doubtful = sum(1 for p in others if p.disk.recover()[1].doubt or (p.raft and p.raft.doubt))
+        doubtful = sum(1 for p in others if p.diverged or p.disk.recover()[1].doubt or (p.raft and p.raft.doubt))
         return doubtful + 1 <= (voters - 1) // 2
 
     def distrust(self) -> None:
         """A member finds its state wrong; it needs somebody else's."""
         peer = self.somebody()
-        others = [p for p in self.net.peers.values() if p is not peer]
-        if peer and len(peer.up.config.voters) > 2 and not any(p.diverged for p in others):
+        if peer and self.may_forget(peer):
             peer.distrust()
             self.net.look_after(peer.id)
 
