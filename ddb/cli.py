@@ -209,7 +209,7 @@ def _members(client: Client, args: argparse.Namespace) -> int:
         _print_json(reply)
         return OK
     rows = [["NAME", "ROLE", "ADDRESS", "ALIVE", "MATCH", "HEARD", "ID"]]
-    for m in reply["members"]:
+    for m in sorted(reply["members"], key=lambda m: str(m["name"])):
         alive = {True: "yes", False: "no", None: "-"}[m.get("alive")]
         heard = "-" if m.get("last_heard") is None else f"{m['last_heard']:.1f} s ago"
         match = "-" if m.get("match") is None else str(m["match"])
@@ -258,11 +258,16 @@ def _log(client: Client, args: argparse.Namespace) -> int:
         _print_json(reply)
         return OK
     for entry in reply["entries"]:
-        place = f"{entry['index']:>8} @{entry['term']}"
-        rest = {name: value for name, value in entry.items() if name not in ("index", "term", "at")}
-        what = rest.popitem()[1] if len(rest) == 1 else rest
-        print(f"{place}  {wire.encode(what).decode()}")
+        print(f"{entry['index']:>8} @{entry['term']}  {_entry_shown(entry)}")
     return OK
+
+
+def _entry_shown(entry: dict[str, Any]) -> str:
+    """What an entry of the log does: a command as JSON, a configuration as its members' names."""
+    if "config" not in entry:
+        return wire.encode(entry["command"]).decode()
+    members = sorted(entry["config"]["members"], key=lambda m: str(m["name"]))
+    return "members: " + ", ".join(m["name"] if m["voter"] else f"{m['name']} (learner)" for m in members)
 
 
 # ----------------------------------------------------------- in and out

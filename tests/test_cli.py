@@ -331,12 +331,24 @@ def test_members_shows_what_the_leader_knows(server: FakeServer, ddb: Run) -> No
         "last_heard": 0.04,
     }
     unknown = {"name": "n2", "id": "u2", "address": "h:2", "role": "learner"}
-    server.answer = lambda request: {"ok": True, "members": [known, unknown]}
+    server.answer = lambda request: {"ok": True, "members": [unknown, known]}
     assert ddb("members").out.splitlines() == [
         "NAME  ROLE     ADDRESS  ALIVE  MATCH  HEARD      ID",
         "n1    voter    h:1      yes       12  0.0 s ago  u1",
         "n2    learner  h:2      -          -  -          u2",
     ]
+
+
+def test_log_shows_commands_as_json_and_configurations_as_names(server: FakeServer, ddb: Run) -> None:
+    config = {"members": [{"name": "n2", "voter": False}, {"name": "n1", "voter": True}]}
+    entries = [
+        {"index": 9, "term": 2, "at": 1, "command": ["put", "k", {"a": 1}]},
+        {"index": 10, "term": 3, "at": 2, "config": config},
+    ]
+    server.answer = lambda request: {"ok": True, "entries": entries}
+    shown = '       9 @2  ["put","k",{"a":1}]\n      10 @3  members: n1, n2 (learner)\n'
+    assert ddb("log", "--from", "9", "--limit", "2") == Ran(0, shown, "")
+    assert {"from": 9, "limit": 2}.items() <= server.requests[0].items()
 
 
 def test_colours_are_for_terminals_of_people_who_want_them(monkeypatch: pytest.MonkeyPatch) -> None:

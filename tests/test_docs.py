@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,13 +29,38 @@ READY = "Ctrl-C stops all of it."
 COMMAND_TIMEOUT_S = 30
 
 NC = """#!{python}
-# A stand-in for nc: standard input to the server, what it answers to standard output.
-import socket, sys, threading
+# A stand-in for nc, whose versions differ in what they do at the end of their input: this one hangs up its side.
+import socket, sys
 with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as connection:
     connection.sendall(sys.stdin.buffer.read())
     connection.shutdown(socket.SHUT_WR)
     while data := connection.recv(65536):
         sys.stdout.buffer.write(data)
+"""
+
+CURL = """#!{python}
+# A stand-in for curl, where there is none: the few options that the documentation uses.
+import argparse, http.client, sys, urllib.parse
+parser = argparse.ArgumentParser()
+parser.add_argument("-s", action="store_true")
+parser.add_argument("-X", dest="method")
+parser.add_argument("-H", dest="headers", action="append", default=[])
+parser.add_argument("-d", dest="data")
+parser.add_argument("-o", dest="output")
+parser.add_argument("-w", dest="after", default="")
+parser.add_argument("url")
+args = parser.parse_args()
+url = urllib.parse.urlsplit(args.url)
+headers = dict(header.split(": ", 1) for header in args.headers)
+if args.data is not None:
+    headers.setdefault("Content-Type", "application/x-www-form-urlencoded")
+connection = http.client.HTTPConnection(url.netloc, timeout=10)
+target = url.path + (url.query and "?" + url.query)
+connection.request(args.method or ("GET" if args.data is None else "POST"), target, args.data, headers)
+response = connection.getresponse()
+with open(args.output or "/dev/stdout", "wb") as out:
+    out.write(response.read())
+print(args.after.replace("%{{http_code}}", str(response.status)).replace("\\\\n", "\\n"), end="")
 """
 
 
@@ -192,6 +218,8 @@ def place(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     programs.mkdir()
     (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (programs / "nc").write_text(NC.format(python=sys.executable))
+    if shutil.which("curl") is None:
+        (programs / "curl").write_text(CURL.format(python=sys.executable))
     for program in programs.iterdir():
         program.chmod(0o755)
     directory = tmp_path / "work"
@@ -210,6 +238,7 @@ def test_every_example_prints_what_the_document_says(document: Path, place: tupl
         return
     directory, env = place
     translation = Translation(free_ports())
+    env["DDB_SERVER"] = f"127.0.0.1:{translation.ports[1]}"  # 8050 is the port that needs no naming
     first = todo.pop(0) if re.search(r"\bup\b", todo[0].command) else Example("python3 -m ddb up", "…", 0)
     up = Up(f"{first.command} --port {translation.ports[1]}", directory, env)
     shell = Shell(directory, env)
