@@ -17,7 +17,7 @@ Theory. Each of three small structures answers one question quickly:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Final
 
@@ -29,7 +29,7 @@ MOVED_MAX: Final = 10_000  # rows that one call may move between dicts: about a 
 GENERATIONS_MAX: Final = 4
 FILTER_SLOTS_MIN: Final = 1 << 20
 FILTER_SLOTS_MAX: Final = 1 << 26
-SLOTS_PER_KEY: Final = 8
+SLOTS_PER_KEY: Final = 16
 
 UNKNOWN: Final[Any] = object()
 """What a look-up answers that knows nothing of the key; None means that the key is known to be absent."""
@@ -129,10 +129,13 @@ def merged(
 class Cache:
     """Rows that are on disk, too, in at most about `bytes_max` bytes of memory."""
 
-    __slots__ = ("_generations", "_sizes", "bytes_max")
+    __slots__ = ("_generations", "_let_go", "_share", "_sizes", "bytes_max")
 
-    def __init__(self, bytes_max: int) -> None:
+    def __init__(self, bytes_max: int, let_go: Callable[[Rows], None]) -> None:
+        """`let_go` is handed each generation that is dropped: to free the rows is work, when they are many."""
         self.bytes_max = bytes_max
+        self._let_go = let_go
+        self._share = bytes_max // GENERATIONS_MAX
         self._generations: list[Rows] = [{}]  # the newest first
         self._sizes: list[int] = [0]
 
@@ -157,36 +160,37 @@ class Cache:
         """Remember `row`, the newest that is known of `key`."""
         self._generations[0][key] = row
         self._sizes[0] += row_bytes(key, row)
-        if self._sizes[0] > self.bytes_max // GENERATIONS_MAX:
-            self._turn({}, 0)
+        if self._sizes[0] > self._share:
+            self._begin({}, 0)
 
-    def absorb(self, layer: Layer) -> list[Rows]:
-        """Take over all rows of `layer`, which is newer than anything here. Returns the rows to be let go of, which is
-        work when they are many."""
-        if layer.bytes > self.bytes_max:
-            dropped, self._generations, self._sizes = self._generations, [{}], [0]
-            return dropped
-        if len(layer.rows) <= MOVED_MAX:
+    def absorb(self, layer: Layer) -> None:
+        """Take over all rows of `layer`, which is newer than anything here."""
+        if layer.bytes > self.bytes_max - self._share:
+            # Too much to keep, and what is kept of the same keys is old now.
+            for generation in [*self._generations, layer.rows]:
+                self._let_go(generation)
+            self._generations, self._sizes = [{}], [0]
+        elif len(layer.rows) > MOVED_MAX:
+            self._begin(layer.rows, layer.bytes)
+        else:
             self._generations[0].update(layer.rows)
             self._sizes[0] += layer.bytes
-        else:
-            self._turn(layer.rows, layer.bytes)
-        return self._surplus()
+            if self._sizes[0] > self._share:
+                self._begin({}, 0)
 
-    def _turn(self, rows: Rows, size: int) -> None:
+    def _begin(self, rows: Rows, size: int) -> None:
+        """Make `rows` the newest generation, and leave it room to grow by a share."""
         self._generations.insert(0, rows)
         self._sizes.insert(0, size)
-
-    def _surplus(self) -> list[Rows]:
-        dropped: list[Rows] = []
-        while len(self._sizes) > 1 and (len(self._sizes) > GENERATIONS_MAX or sum(self._sizes) > self.bytes_max):
-            dropped.append(self._generations.pop())
+        while len(self._sizes) > 1 and (
+            len(self._sizes) > GENERATIONS_MAX or sum(self._sizes) > self.bytes_max - self._share
+        ):
+            self._let_go(self._generations.pop())
             self._sizes.pop()
-        return dropped
 
 
 class KeyFilter:
-    """A set of keys that may say yes wrongly, at most about once in eight, and never says no wrongly.
+    """A set of keys that may say yes wrongly, rarely, and never says no wrongly.
 
     One byte for each slot, so that `add` may run in one thread while another asks.
     """

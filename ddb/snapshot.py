@@ -216,7 +216,7 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> Meta:
 
 
 def _meta_checksum(texts: dict[str, Any]) -> str:
-    said = "".join([f"{name} {texts[name]}\n" for name in sorted(texts)])
+    said = "".join([f"{name} {texts[name]}\n" for name in sorted(texts, key=str)])
     return f"{crc32(said.encode()):08x}"
 
 

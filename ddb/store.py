@@ -214,7 +214,7 @@ class Store:
         self.meta = checkpoint.meta
         layer, self._flushing, self._checkpoint = self._flushing, None, None
         if layer is not None:
-            _let_go(self._cache.absorb(layer))
+            self._cache.absorb(layer)
 
     def abandon_checkpoint(self, checkpoint: Checkpoint) -> None:
         """`checkpoint.write()` has raised: its rows stay in memory, and the next checkpoint includes them.
@@ -294,7 +294,7 @@ class Store:
         """Open the file and forget everything else."""
         self._flushing = None
         self._renew_changed()
-        self._cache = Cache(self._cache_bytes_max)
+        self._cache = Cache(self._cache_bytes_max, _let_go)
         with errors(self.path):
             self._reader = snapshot.connect(self.path)
             try:
@@ -444,16 +444,14 @@ def _pause(keys: list[str]) -> None:
         time.sleep(snapshot.PAUSE_S)
 
 
-def _let_go(dropped: list[Rows]) -> None:
-    """Free the rows in `dropped` a few at a time: freeing a dict of a million takes the interpreter for 0.1 s."""
-    many = [rows for rows in dropped if len(rows) > SLICE_KEYS]
-    if many:
-        threading.Thread(target=_free, args=(many,), name="ddb-free", daemon=True).start()
+def _let_go(rows: Rows) -> None:
+    """Free `rows` a few at a time: to free a dict of a million takes the interpreter for 0.1 s."""
+    if len(rows) > SLICE_KEYS:
+        threading.Thread(target=_free, args=(rows,), name="ddb-free", daemon=True).start()
 
 
-def _free(dropped: list[Rows]) -> None:
-    for rows in dropped:
-        while rows:
-            for _ in range(min(len(rows), SLICE_KEYS)):
-                rows.popitem()
-            time.sleep(snapshot.PAUSE_S)
+def _free(rows: Rows) -> None:
+    while rows:
+        for _ in range(min(len(rows), SLICE_KEYS)):
+            rows.popitem()
+        time.sleep(snapshot.PAUSE_S)
