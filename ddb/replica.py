@@ -374,7 +374,7 @@ class Replica:
                 self.send(message)
 
     def _apply(self, batch: Batch) -> None:
-        if batch.commands is None and batch.config is None:
+        if not batch.commands and batch.config is None:  # from the disk, or applied once already
             batch = replace(batch, commands=codec.decode_batch(batch.data or self._read_batch(batch.first)).commands)
         try:
             replies = self.machine.apply_batch(batch)
