@@ -17,21 +17,22 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
-import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import ddb
 from ddb import overview, wire
 from ddb.client import Client, connect, next_page
 from ddb.errors import DdbError, Unreachable
+from ddb.settings import USAGE, OneLineParser, seconds, whole
 
 DEFAULT_SERVER: Final = "127.0.0.1:8050"
-OK, ERROR, USAGE, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 4, 5, 130, 141
+OK, ERROR, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 3, 4, 5, 130, 141
+REVISION_MAX: Final = (1 << 63) - 1
 UNREACHABLE_S: Final = 1.0
 PAGE_ITEMS: Final = 1000  # asked for at once
 UP_DIRECTORY: Final = "ddb-data"
@@ -371,43 +372,6 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
 # ------------------------------------------------------------ the parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, and which takes no abbreviations: they'd break when options are
-    added."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message}. Try: {self.prog} --help\n")
-
-
-def _positive_seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return seconds
-
-
-def _integer(least: int, most: int | None = None) -> Callable[[str], int]:
-    """A converter for integers from `least` to `most`."""
-    span = f"from {least} on" if most is None else f"from {least} to {most}"
-
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if number < least or (most is not None and number > most):
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number {span}")
-        return number
-
-    return convert
-
-
 def _any_integer(text: str) -> int:
     try:
         return int(text)
@@ -430,15 +394,17 @@ def _common(parser: argparse.ArgumentParser, top: bool) -> None:
     )
     parser.add_argument("--json", action="store_true", default=default(False), help="print the whole reply as JSON")
     parser.add_argument(
-        "--timeout", metavar="S", type=_positive_seconds, default=default(5.0), help="seconds to try (5)"
+        "--timeout", metavar="S", type=seconds(0.001, 1e6), default=default(5.0), help="seconds to try (5)"
     )
 
 
 def _condition_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("only if (all that are given must hold)")
-    group.add_argument("--if-rev", metavar="N", type=_integer(0), help="its revision is N (0: there is none)")
     group.add_argument(
-        "--if-version", metavar="N", type=_integer(0), help="it was changed N times since it was created"
+        "--if-rev", metavar="N", type=whole(0, REVISION_MAX), help="its revision is N (0: there is none)"
+    )
+    group.add_argument(
+        "--if-version", metavar="N", type=whole(0, REVISION_MAX), help="it was changed N times since it was created"
     )
     group.add_argument("--if-value", metavar="V", help="its value is V (of the same --type)")
     either = group.add_mutually_exclusive_group()
@@ -454,7 +420,7 @@ def _type_option(parser: argparse.ArgumentParser) -> None:
 
 def _read_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stale", action="store_true", help="the asked node's own state, without a round trip")
-    parser.add_argument("--max-lag", metavar="S", type=_positive_seconds, help="with --stale: fail where it is older")
+    parser.add_argument("--max-lag", metavar="S", type=seconds(0.001, 1e6), help="with --stale: fail where it is older")
 
 
 def _range_options(parser: argparse.ArgumentParser) -> None:
@@ -483,7 +449,9 @@ def _del_options(parser: argparse.ArgumentParser) -> None:
 
 def _scan_options(parser: argparse.ArgumentParser) -> None:
     _range_options(parser)
-    parser.add_argument("--limit", metavar="N", type=_integer(1), help="at most N items (all when not given)")
+    parser.add_argument(
+        "--limit", metavar="N", type=whole(1, REVISION_MAX), help="at most N items (all when not given)"
+    )
     parser.add_argument("--reverse", action="store_true", help="the last key first")
     parser.add_argument("--keys-only", action="store_true", help="without the values")
     _read_options(parser)
@@ -514,25 +482,25 @@ def _transfer_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _log_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", metavar="N", dest="from_", type=_integer(1), help="the first index to show")
-    parser.add_argument("--limit", metavar="N", type=_integer(1), default=100, help="at most N entries (100)")
+    parser.add_argument(
+        "--from", metavar="N", dest="from_", type=whole(1, REVISION_MAX), help="the first index to show"
+    )
+    parser.add_argument(
+        "--limit", metavar="N", type=whole(1, REVISION_MAX), default=100, help="at most N entries (100)"
+    )
 
 
 def _up_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--nodes", metavar="N", type=_integer(1, 99), help="how many nodes (as many as DIR holds, else 3)"
-    )
+    parser.add_argument("--nodes", metavar="N", type=whole(1, 99), help="how many nodes (as many as DIR holds, else 3)")
     parser.add_argument("--dir", metavar="DIR", default=UP_DIRECTORY, help=f"data and logs ({UP_DIRECTORY})")
     parser.add_argument("--host", default="127.0.0.1", help="the address that all listen on (127.0.0.1)")
     parser.add_argument(
-        "--port", metavar="P", type=_integer(0, 65535), default=8050, help="of n1; n2 gets P+1, … (8050; 0: any)"
+        "--port", metavar="P", type=whole(0, 65535), default=8050, help="of n1; n2 gets P+1, … (8050; 0: any)"
     )
-    parser.add_argument(
-        "--registry-port", metavar="P", type=_integer(0, 65535), help="of the registry (one below --port)"
-    )
+    parser.add_argument("--registry-port", metavar="P", type=whole(0, 65535), help="of the registry (one below --port)")
     parser.add_argument("--election", choices=("bully", "raft"), help="how a new cluster elects (bully)")
     parser.add_argument(
-        "--ready-timeout", metavar="S", type=_positive_seconds, default=30.0, help="seconds to wait for a leader (30)"
+        "--ready-timeout", metavar="S", type=seconds(0.001, 1e6), default=30.0, help="seconds to wait for a leader (30)"
     )
 
 
@@ -567,22 +535,20 @@ _COMMANDS: dict[str, tuple[_Run | None, Callable[[argparse.ArgumentParser], None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="ddb",
         description="A replicated key/value database. Start with: ddb up",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ddb {ddb.__version__}")
     _common(parser, top=True)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
     for name, (run, options, summary, example) in _COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             epilog=f"example: {example}\n\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         options(sub)
         if name != "up":

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import wire
-from ddb.config import Bounds, SettingsParser, Timing, seconds, whole
+from ddb.config import Bounds, Timing
 from ddb.datadir import DataDirectory
 from ddb.discovery import Discovery
 from ddb.election import STRATEGIES
@@ -47,6 +47,7 @@ from ddb.raftlog import RaftLog
 from ddb.replica import Replica
 from ddb.server import Limits, Server
 from ddb.service import NodeService
+from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
 

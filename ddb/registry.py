@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import __version__
-from ddb.config import SettingsParser, seconds, whole
 from ddb.errors import BadRequest, ReadOnly, StartupError
 from ddb.http import Route
 from ddb.roster import Memory, Roster, listed
 from ddb.routes import registry_routes
 from ddb.server import Limits, Loop, Server, Slot, raise_descriptor_limit
+from ddb.settings import SettingsParser, seconds, whole
 from ddb.wire import DIGITS_MAX, encode, format_address
 
 log = logging.getLogger("ddb.registry")
