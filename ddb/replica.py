@@ -169,6 +169,7 @@ class Replica:
         self._changes: list[tuple[int, int, Waiter]] = []  # (index, term) of configurations somebody waits for
         self._tickets = 0
         self._leading = (raft.term, raft.leader)
+        self._led_since = 0.0
         self._leader_field = b""
         self._expire_at = 0.0
         self._digests: dict[int, int] = {}
@@ -272,7 +273,7 @@ class Replica:
 
     def flush(self, now: float) -> None:
         """Do all the work that has come up since the last call, in the right order."""
-        self._notice_leader()
+        self._notice_leader(now)
         if self._writes:
             self._route_writes(now)
         if self._reads:
@@ -294,12 +295,13 @@ class Replica:
 
     # --- writes -------------------------------------------------------------------------------------------------
 
-    def _notice_leader(self) -> None:
+    def _notice_leader(self, now: float) -> None:
         """When the leader changes, whatever was asked of the old one has to be asked again."""
         raft = self.raft
         if (raft.term, raft.leader) == self._leading:
             return
         self._leading = (raft.term, raft.leader)
+        self._led_since = now
         leader = raft.config.member(raft.leader) if raft.leader else None
         self._leader_field = b'"leader":%b' % wire.encode_string(leader.address) if leader else b""
         for _, reads in self._reads_asked.values():
@@ -470,11 +472,9 @@ class Replica:
         self._expire_queue(now)
         for _, _, writes in self._proposed:
             self._expire_writes(writes, now)
-        for ticket, (_, writes) in list(self._forwarded.items()):
-            if self._expire_writes(writes, now):
-                del self._forwarded[ticket]
+        self._expire_forwarded(now)
         self._changes = [change for change in self._changes if not self._expired(change[2], now)]
-        patience = 3 * self.raft.timing.heartbeat_s
+        patience = self._patience_s
         for ticket, (asked_at, reads) in list(self._reads_asked.items()):
             if now - asked_at > patience:
                 del self._reads_asked[ticket]
@@ -493,6 +493,23 @@ class Replica:
                 self._writes.append(write)
             else:
                 write[2].fail(self._why_not())
+
+    def _expire_forwarded(self, now: float) -> None:
+        """A leader that hands over still answers, soon. One that is frozen or cut off keeps its connection, and would
+        keep the clients waiting for as long as they can."""
+        leader = self.raft.leader
+        settled = leader is not None and now - self._led_since > self._patience_s
+        for ticket, (asked, writes) in list(self._forwarded.items()):
+            if settled and asked != leader:
+                for _, _, waiter in writes:
+                    waiter.fail(Timeout("The leader was replaced while it worked on the write; it may have been done or not."))
+            if self._expire_writes(writes, now):
+                del self._forwarded[ticket]
+
+    @property
+    def _patience_s(self) -> float:
+        """How long an answer may take from a leader that is well, but for what waits on a disk."""
+        return 3 * self.raft.timing.heartbeat_s
 
     def _why_not(self) -> DdbError:
         if self.raft.leader is None:
