@@ -329,12 +329,13 @@ def run(plan: Plan) -> Result:
     processes = min(plan.processes, plan.clients)
     if processes == 1:
         return measure(plan, plan.clients, 0, lambda: None)
-    barrier = multiprocessing.Barrier(processes)
+    context = multiprocessing.get_context("spawn")  # a fork would take the caller's threads' locks along
+    barrier = context.Barrier(processes)
     pipes, workers = [], []
     for i in range(processes):
         first, last = plan.clients * i // processes, plan.clients * (i + 1) // processes
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        worker = multiprocessing.Process(target=_worker, args=(plan, last - first, first, barrier, theirs))
+        ours, theirs = context.Pipe(duplex=False)
+        worker = context.Process(target=_worker, args=(plan, last - first, first, barrier, theirs))
         worker.start()
         theirs.close()
         pipes.append(ours)
