@@ -52,6 +52,7 @@ class View:
     """What a strategy may know of its member and of the others.
 
     `reachable`: the voters to whom a connection stands. `hears_leader`: a leader spoke within the time-out.
+    `may_stand`: this member may lead; learners, strangers and whoever can't serve just answer.
     """
 
     id: str
@@ -59,11 +60,7 @@ class View:
     voters: tuple[str, ...]
     reachable: frozenset[str]
     hears_leader: bool
-
-    @property
-    def is_voter(self) -> bool:
-        """Only voters stand; learners and strangers just answer."""
-        return self.id in self.voters
+    may_stand: bool = True
 
     def is_quorum(self, ids: set[str]) -> bool:
         """Whether the voters among `ids` are a majority."""
@@ -131,7 +128,7 @@ class Bully:
 
     def tick(self, now: float, view: View) -> Move | None:
         """See Election."""
-        if now < self._deadline or not view.is_voter:
+        if now < self._deadline or not view.may_stand:
             return None
         if self._phase is _Phase.ASKING:
             return self._decide(now, view, time_is_up=True)
@@ -147,7 +144,7 @@ class Bully:
         """See Election."""
         if view.hears_leader:
             return Answer.LEADER
-        if view.is_voter and view.rank > rank and self._phase is not _Phase.ASIDE:
+        if view.may_stand and view.rank > rank and self._phase is not _Phase.ASIDE:
             if self._phase is _Phase.CALM:
                 self._deadline = now  # the bully's rule: who outranks the asker holds its own election
             return Answer.ALIVE
@@ -216,7 +213,7 @@ class Randomised:
 
     def tick(self, now: float, view: View) -> Move | None:
         """See Election."""
-        if now < self._deadline or not view.is_voter:
+        if now < self._deadline or not view.may_stand:
             return None
         self._asking = True
         self._deadline = now + self._timeout_s / 4 * (1.0 + self._rng.random())

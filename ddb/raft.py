@@ -265,7 +265,7 @@ class Raft:
             if kind is VoteRequest and not m.transfer and self.hears_leader(now):  # type: ignore[union-attr]
                 return None
             self._follow_term(m.term, now)
-        elif m.term < self.term:
+        elif m.term < self.term and kind is not ElectionReply:  # that one is known by its number
             return self._reject_stale(m)
         if kind is Append:
             self._on_append(m, now)  # type: ignore[arg-type]
@@ -437,9 +437,20 @@ class Raft:
 
     def _view(self, now: float) -> View:
         rank = (self.log.last_term, self.log.last_index, self.name, self.id)
-        return View(self.id if self.may_stand else "", rank, self.config.voters, frozenset(self._connected), self.hears_leader(now))
+        return View(
+            self.id, rank, self.config.voters, frozenset(self._connected), self.hears_leader(now), self._is_eligible
+        )  # fmt: skip
+
+    @property
+    def _is_eligible(self) -> bool:
+        """Whether this member may lead: a voter, or one whose removal is not known to be committed. Its log may be
+        needed to commit that (diss. §4.2.2)."""
+        removing = self.config_index > self.commit and len(self._configs) > 1 and self.id in self._configs[-2][1].voters
+        return self.may_stand and (removing or self.id in self.config.voters)
 
     def _move(self, move: Move | None, now: float) -> None:
+        if not self._is_eligible:
+            return
         if move is Move.ASK:
             self._ask += 1
             for voter in self.config.voters:
@@ -451,7 +462,7 @@ class Raft:
 
     def _stand(self, now: float, transfer: bool) -> None:
         """Become a candidate in the next term (§5.2). The requests leave when the own vote is durable."""
-        invariant(self.id in self.config.voters, "only a voter stands")
+        invariant(self._is_eligible, "only a voter stands")
         self.term += 1
         self.vote = self.id
         self.role = Role.CANDIDATE
@@ -565,7 +576,7 @@ class Raft:
         return 2 * agreed > len(voters)
 
     def _on_timeout_now(self, now: float) -> None:
-        if self.role is Role.FOLLOWER and self.may_stand and self.id in self.config.voters:
+        if self.role is Role.FOLLOWER and self._is_eligible:
             self._stand(now, transfer=True)
             self.election.voted(now)
 

@@ -127,6 +127,9 @@ class Disk:
 class Peer:
     """One member: a Raft core, a disk and a state machine. `raft` is None while it is down."""
 
+    def __repr__(self) -> str:
+        return f"{self.raft!r} applied={self.applied}" if self.raft else f"{self.id} down"
+
     def __init__(self, net: Net, id: str, name: str, config: Configuration) -> None:
         self.net = net
         self.id = id
@@ -204,8 +207,7 @@ class Peer:
         """Snapshot the state, and drop the log below it but for a tail of `keep` entries."""
         raft = self.up
         term = raft.log.term_at(self.applied)
-        on_disk = self.disk.recover()[0].last_index
-        if term is None or self.applied <= self.disk.snapshot.index or on_disk < self.applied:
+        if term is None or self.diverged or raft.durable < self.applied or self.applied <= self.disk.snapshot.index:
             return
         self.disk.snapshot = Snapshot(self.applied, term, raft.config_at(self.applied), self.digest)
         if self.applied > keep:
@@ -242,10 +244,8 @@ class Peer:
         self.net.rules.applied(self, batch)
 
     def _send_snapshot(self, peer: str) -> None:
+        self.checkpoint(keep=self.applied)
         raft, snapshot = self.up, self.disk.snapshot
-        if snapshot.index < raft.log.base_index or not snapshot.index:
-            self.checkpoint(raft.commit)
-            snapshot = self.disk.snapshot
         data = snapshot.to_bytes()
         self.sending[peer] = self.net.now
         self.net.post([InstallSnapshot(
@@ -262,7 +262,7 @@ class Peer:
         behind = snapshot.index > raft.commit
         if behind or (self.diverged and snapshot.index >= raft.log.base_index):
             self.disk.snapshot = snapshot
-            self.diverged = False
+            self.diverged, raft.may_stand = False, True
             if behind:
                 raft.restore(snapshot.index, snapshot.term, snapshot.config)
             else:

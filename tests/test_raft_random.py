@@ -70,13 +70,13 @@ class Chaos:
         net.settle()
         assert net.run(PEACE_S, lambda: net.leader is not None and net.leading.accepts), "a leader in time of peace"
         last = net.put("peace").last
-        self.request()
         assert net.run(PEACE_S, lambda: self.agree(last)), f"agreement in time of peace: {net.running}"
 
     def agree(self, last: int) -> bool:
         net = self.net
         if net.leader is None:
             return False
+        self.request()
         members = [net.peers[m.id] for m in net.leading.config.members]
         return (
             all(p.applied >= last and p.up.term == net.leading.term and not p.up.doubt for p in members)
@@ -141,10 +141,13 @@ class Chaos:
 
     def may_forget(self, peer: Peer) -> bool:
         """Fewer than half the voters may be in doubt at once: what a majority forgets is gone."""
-        voters = min(len(p.up.config.voters) for p in self.net.running)
-        others = [p for p in self.net.peers.values() if p is not peer]
-        doubtful = sum(1 for p in others if p.diverged or p.disk.recover()[1].doubt or (p.raft and p.raft.doubt))
-        return doubtful + 1 <= (voters - 1) // 2
+        voters = min((len(p.up.config.voters) for p in self.net.running if p.up.config.members), default=0)
+        impaired = sum(self.is_impaired(p) for p in self.net.peers.values() if p is not peer)
+        return impaired + 1 <= (voters - 1) // 2
+
+    def is_impaired(self, peer: Peer) -> bool:
+        doubt = peer.raft.doubt if peer.raft else peer.disk.recover()[1].doubt
+        return peer.diverged or doubt
 
     def distrust(self) -> None:
         """A member finds its state wrong; it needs somebody else's."""
@@ -191,7 +194,7 @@ class Chaos:
     def change(self) -> None:
         """Add a learner, promote one, or remove somebody, the leader too."""
         net, rng = self.net, self.rng
-        if net.leader is None:
+        if net.leader is None or any(self.is_impaired(p) for p in net.peers.values()):
             return
         config = net.leading.config
         learners = [m for m in config.members if not m.voter]
