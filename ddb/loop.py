@@ -531,7 +531,7 @@ class _Dialer:
         self._timer = self._loop.call_later(timeout_s, self._give_up)
         try:  # a number needs no resolver, and so no thread
             self._resolved(socket.getaddrinfo(*address, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
-        except OSError:
+        except (OSError, UnicodeError):
             if self._loop.resolvers < RESOLVERS_MAX:
                 self._loop.resolvers += 1
                 threading.Thread(target=self._resolve, args=address, name="resolver", daemon=True).start()

@@ -380,7 +380,9 @@ class ClientConnection(Connection):
 
     def _refuse(self, error: DdbError) -> None:
         """Nothing more can be understood: answer `error` after what is in flight, and close."""
-        if not self._finishing and self.sock is not None and self._on_payload is None:
+        if self._on_payload is not None:
+            self.end(f"sent something that is no frame: {error.message}")
+        elif not self._finishing and self.sock is not None:
             slot = self._make_slot(self)
             self.slots.append(slot)
             slot.fail(error)
