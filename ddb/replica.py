@@ -31,12 +31,15 @@ from ddb.errors import CorruptStore, DdbError, NoLeader, Overloaded, Timeout
 from ddb.messages import (
     Append,
     Batch,
+    Call,
+    CallReply,
     Command,
     Configuration,
     Forward,
     ForwardReply,
     HardState,
     Message,
+    RaftMessage,
     Role,
 )
 from ddb.raft import Raft, Ready
@@ -51,7 +54,10 @@ class Waiter(Protocol):
     """Somebody who waits for a reply. `deadline` is in seconds of the replica's clock."""
 
     deadline: float
-    done: bool
+
+    @property
+    def done(self) -> bool:
+        """Whether it has its reply."""
 
     def reply(self, body: bytes) -> None:
         """Hand over the reply, an encoded JSON object. A second one is ignored."""
@@ -63,9 +69,7 @@ class Waiter(Protocol):
 class Journal(Protocol):
     """The log's writer. It reports each ticket back, in order, to `Replica.saved`."""
 
-    def save(
-        self, hard_state: HardState | None, batches: Sequence[Batch], reset: tuple[int, int] | None = None
-    ) -> int:
+    def save(self, hard_state: HardState | None, batches: Sequence[Batch], reset: tuple[int, int] | None = None) -> int:
         """Make these durable, soon; returns the ticket."""
 
 
@@ -91,7 +95,7 @@ class _Saving:
     index: int
     term: int
     hard_state: HardState | None
-    messages: list[Message]
+    messages: list[RaftMessage]
 
 
 class _ForwardedPart:
@@ -168,6 +172,7 @@ class Replica:
         self._reads_applying: deque[tuple[int, list[Read]]] = deque()
         self._changes: list[tuple[int, int, Waiter]] = []  # (index, term) of configurations somebody waits for
         self._tickets = 0
+        self._reachable: set[str] = set()
         self._leading = (raft.term, raft.leader)
         self._led_since = 0.0
         self._leader_field = b""
@@ -222,12 +227,12 @@ class Replica:
 
     def step(self, m: Message, now: float) -> None:
         """Take in a message of another member."""
-        if type(m) is Forward:
+        if isinstance(m, Forward):
             self._on_forward(m, now)
-        elif type(m) is ForwardReply:
+        elif isinstance(m, ForwardReply):
             self._on_forward_reply(m)
-        else:
-            self.raft.step(m, now)  # type: ignore[arg-type]
+        elif not isinstance(m, Call | CallReply):  # those are the node's
+            self.raft.step(m, now)
             if type(m) is Append and m.digest is not None:
                 self._digest_expected = m.digest
                 self._compare_digest()
@@ -243,10 +248,12 @@ class Replica:
 
     def connected(self, peer: str) -> None:
         """A connection to `peer` stands."""
+        self._reachable.add(peer)
         self.raft.connected(peer)
 
     def disconnected(self, peer: str, now: float) -> None:
         """The connection to `peer` broke. What was forwarded to it may have been done, or not."""
+        self._reachable.discard(peer)
         self.raft.disconnected(peer, now)
         for ticket in [t for t, (leader, _) in self._forwarded.items() if leader == peer]:
             for _, _, waiter in self._forwarded.pop(ticket)[1]:
@@ -268,7 +275,9 @@ class Replica:
         self._digests.clear()
         while self._proposed and self._proposed[0][0] <= machine.applied:
             for _, _, waiter in self._proposed.popleft()[2]:
-                waiter.fail(Timeout("This node was replaced by a snapshot meanwhile; the write may have been done or not."))
+                waiter.fail(
+                    Timeout("This node was replaced by a snapshot meanwhile; the write may have been done or not.")
+                )
         self._answer_reads()
 
     def flush(self, now: float) -> None:
@@ -312,7 +321,7 @@ class Replica:
         if self.is_leader:
             while self._writes and self.raft.accepts:
                 self._propose()
-        elif self.raft.leader is not None:
+        elif self.raft.leader in self._reachable:  # or it would be lost on the way, and nobody could tell
             self._forward(self.raft.leader)
 
     def _propose(self) -> None:
@@ -342,7 +351,11 @@ class Replica:
         return taken
 
     def _on_forward(self, m: Forward, now: float) -> None:
-        if not self.is_leader or self.raft.transfer_to is not None or len(self._writes) >= self.bounds.writes_waiting_max:
+        if (
+            not self.is_leader
+            or self.raft.transfer_to is not None
+            or len(self._writes) >= self.bounds.writes_waiting_max
+        ):
             self.send(ForwardReply(m.dst, m.src, m.ticket, ()))
             return
         group = _ForwardedGroup(self, m)
@@ -480,7 +493,7 @@ class Replica:
                 del self._reads_asked[ticket]
                 self._reads.extend(reads)
         self._reads = [read for read in self._reads if not self._read_expired(read, now)]
-        for index, reads in self._reads_applying:
+        for _, reads in self._reads_applying:
             reads[:] = [read for read in reads if not self._read_expired(read, now)]
 
     def _expire_queue(self, now: float) -> None:
@@ -502,7 +515,9 @@ class Replica:
         for ticket, (asked, writes) in list(self._forwarded.items()):
             if settled and asked != leader:
                 for _, _, waiter in writes:
-                    waiter.fail(Timeout("The leader was replaced while it worked on the write; it may have been done or not."))
+                    waiter.fail(
+                        Timeout("The leader was replaced while it worked on the write; it may have been done or not.")
+                    )
             if self._expire_writes(writes, now):
                 del self._forwarded[ticket]
 
