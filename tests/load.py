@@ -13,6 +13,7 @@ The writers speak frames by themselves, like the harness: a broken client can't 
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
@@ -156,7 +157,7 @@ class Load:
         """The longest time between two acknowledgements, from `since_s` to `until_s`."""
         ends = [w.ended_s for w in self.acknowledged() if since_s <= w.ended_s <= until_s]
         marks = [since_s, *ends, until_s]
-        return max(later - earlier for earlier, later in zip(marks, marks[1:], strict=False))
+        return max(later - earlier for earlier, later in itertools.pairwise(marks))
 
     def check(self, nodes: list[NodeServer]) -> None:
         """Hold what each of `nodes` itself has (they must have applied the same) against the history."""
