@@ -65,7 +65,9 @@ _FIELDS: Final = {
 _CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str, "dict[str, Any]": dict}
 
 
-def encode_batch(first: int, term: int, at_ms: int, entries: list[bytes], commands: list[Command] | None = None) -> Batch:
+def encode_batch(
+    first: int, term: int, at_ms: int, entries: list[bytes], commands: list[Command] | None = None
+) -> Batch:
     """The batch of `entries`, each already encoded, that begins at index `first`. `commands`: the same, decoded."""
     last = first + len(entries) - 1
     data = b'{"first":%d,"last":%d,"term":%d,"at":%d,"entries":[%b]}' % (first, last, term, at_ms, b",".join(entries))
@@ -95,7 +97,7 @@ def batch_from_json(value: dict[str, Any], data: bytes) -> Batch:
             count = 1
         else:
             commands = value["entries"]
-            count = len(commands)  # type: ignore[arg-type]
+            count = len(value["entries"])
         if not (type(first) is type(last) is type(term) is type(at_ms) is int and count and last - first + 1 == count):
             raise ValueError("its numbers don't fit together")
     except (KeyError, TypeError, ValueError) as error:
@@ -157,11 +159,12 @@ def _encode_append(m: Append) -> bytes:
 
 def _decode_append(value: dict[str, Any], payload: bytes, src: str, dst: str) -> Append:
     prev_index, prev_term = value["prev"]
-    numbers = [_whole(n) for n in (value["term"], prev_index, prev_term, value["commit"], value["round"])]
+    term, commit, round_ = _whole(value["term"]), _whole(value["commit"]), _whole(value["round"])
     texts = _cut(payload, value["sizes"], value["batches"])
     batches = tuple(map(batch_from_json, value["batches"], texts))
     digest = (_whole(value["digest"][0]), _whole(value["digest"][1])) if "digest" in value else None
-    return Append(src, dst, *numbers, batches, digest, value.get("confirmed") is True)
+    prev = (_whole(prev_index), _whole(prev_term))
+    return Append(src, dst, term, *prev, commit, round_, batches, digest, value.get("confirmed") is True)
 
 
 def _sized(name: bytes, texts: Sequence[bytes]) -> bytes:

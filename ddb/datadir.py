@@ -56,7 +56,9 @@ class DataDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(lock)
-            raise StartupError(f"The data directory {path} is in use by another process; give each node its own.") from None
+            raise StartupError(
+                f"The data directory {path} is in use by another process; give each node its own."
+            ) from None
         try:
             directory = cls(path, lock, _read_identity(path))
             directory.save(directory.identity)
@@ -110,7 +112,9 @@ def _read_identity(path: Path) -> Identity:
         text = (path / "identity.json").read_text(encoding="utf-8")
     except FileNotFoundError:
         if (path / "log").exists() or (path / "state.db").exists():
-            raise StartupError(f"{path} holds data but no identity.json; restore that, or start in an empty directory.") from None
+            raise StartupError(
+                f"{path} holds data but no identity.json; restore that, or start in an empty directory."
+            ) from None
         return Identity(str(uuid.uuid4()))
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"{path / 'identity.json'} can't be read: {error}.") from error
@@ -119,7 +123,10 @@ def _read_identity(path: Path) -> Identity:
         if type(identity.id) is not str or not identity.id:
             raise ValueError("no id")
     except (TypeError, ValueError) as error:
-        raise StartupError(f"{path / 'identity.json'} is not a node's identity ({error}); restore it, or start in an empty directory.") from error  # noqa: E501
+        file = path / "identity.json"
+        raise StartupError(
+            f"{file} is not a node's identity ({error}); restore it, or start in an empty directory."
+        ) from error
     if identity.born and not (path / "log").exists():
         raise StartupError(
             f"The log of {path} is missing; without it this node can't know what it promised. "

@@ -70,7 +70,9 @@ class View:
 class Election(Protocol):
     """A strategy. Times are seconds of one steady clock; each method may be called at any moment."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What `--election` calls it."""
 
     def follow(self, now: float) -> None:
         """A leader was heard, or voted for itself here: stay calm for a full time-out."""

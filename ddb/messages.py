@@ -317,7 +317,7 @@ class CallReply:
     reply: dict[str, Any]
 
 
-Message = (
+RaftMessage = (
     Append
     | AppendReply
     | VoteRequest
@@ -330,8 +330,7 @@ Message = (
     | InstallSnapshot
     | SnapshotReply
     | SnapshotRequest
-    | Forward
-    | ForwardReply
-    | Call
-    | CallReply
 )
+"""What consensus is made of: each carries its sender's term."""
+
+Message = RaftMessage | Forward | ForwardReply | Call | CallReply

@@ -34,7 +34,7 @@ from ddb import wire
 from ddb.config import Bounds, Timing
 from ddb.datadir import DataDirectory
 from ddb.discovery import Discovery
-from ddb.election import STRATEGIES
+from ddb.election import STRATEGIES, Election
 from ddb.errors import BadRequest, CorruptStore, DdbError, InvariantError, NoLeader, Overloaded, StartupError
 from ddb.kv import Machine
 from ddb.log import Log, LogWriter
@@ -169,10 +169,9 @@ class Node:
         config = store.meta.configuration or Configuration(self.data.identity.cluster or "", settings.election)
         bounds = Bounds()
         now = time.monotonic()
-        rng = random.Random()
-        self._make_election = lambda name: STRATEGIES[name](settings.timing.election_timeout_s, rng)
+        self._rng = random.Random()
         raft = Raft(
-            self.id, self.name, raft_log, journal.hard_state, config, self._make_election(config.election),
+            self.id, self.name, raft_log, journal.hard_state, config, self._election(config.election),
             now, store.meta.applied, settings.timing, bounds,
         )  # fmt: skip
         writer = LogWriter(journal, self.loop.post, self._saved, self._disk_failed, self._disk_space)
@@ -189,6 +188,9 @@ class Node:
         if not store.verified:
             worker.run(store.verify, self._verified)
         log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
+
+    def _election(self, name: str) -> Election:
+        return STRATEGIES[name](self.settings.timing.election_timeout_s, self._rng)
 
     def _begin_or_join(self, settings: Settings) -> None:
         identity, raft = self.data.identity, self.replica.raft
@@ -337,12 +339,14 @@ class Node:
         self._keep_peers()
         if config.members and config.election != self.replica.raft.election.name:
             log.warning("%r: the cluster holds its elections by %r; so does this node now", self, config.election)
-            self.replica.raft.election = self._make_election(config.election)
+            self.replica.raft.election = self._election(config.election)
             self.replica.raft.election.follow(time.monotonic())
         voters = [m.name for m in config.members if m.voter]
         learners = [m.name for m in config.members if not m.voter]
         if config.members:
-            log.info("%r: voters %s%s", self, ", ".join(voters), f"; learners {', '.join(learners)}" if learners else "")
+            log.info(
+                "%r: voters %s%s", self, ", ".join(voters), f"; learners {', '.join(learners)}" if learners else ""
+            )
 
     def _tend_members(self) -> None:
         """As the leader, bring the configuration one step closer to what it should be."""
@@ -366,7 +370,9 @@ class Node:
         self.replica.saved(ticket, time.monotonic())
 
     def _disk_failed(self, error: BaseException) -> None:
-        raise Fatal(f"The log can't be written any more ({error}); the node ends rather than promise what it can't keep.")
+        raise Fatal(
+            f"The log can't be written any more ({error}); the node ends rather than promise what it can't keep."
+        )
 
     def _disk_space(self, room: bool) -> None:
         self.disk_full = not room
@@ -428,7 +434,9 @@ def _open_store(path: Path, repair: bool) -> Store:
         return Store.open(path)
     except CorruptStore as error:
         if not repair:
-            raise CorruptStore(f"{error.message} Start the node once with --repair to fetch the data from the leader.") from error
+            raise CorruptStore(
+                f"{error.message} Start the node once with --repair to fetch the data from the leader."
+            ) from error
         damaged = path.with_suffix(".damaged")
         log.warning("%s; it is kept as %s", error.message, damaged)
         os.replace(path, damaged)
@@ -478,19 +486,66 @@ def parse(argv: list[str] | None) -> Settings:
     def address(text: str) -> tuple[str, int]:
         return _address(parser, text)
 
-    parser.setting("-ra", "--registry", type=address, default=None, metavar="ADDR", help="the registry, HOST:PORT or http://HOST:PORT")
+    parser.setting(
+        "-ra",
+        "--registry",
+        type=address,
+        default=None,
+        metavar="ADDR",
+        help="the registry, HOST:PORT or http://HOST:PORT",
+    )
     parser.setting("--host", type=str, default="127.0.0.1", help="the address to listen on, 127.0.0.1 by default")
-    parser.setting("--port", type=whole(0, 65535), default=8050, help="the port to listen on, 8050 by default; 0 picks a free one")
-    parser.setting("--advertise", type=address, default=None, metavar="HOST:PORT", help="the address that others are told")
-    parser.setting("--data-dir", type=Path, default=None, metavar="DIR", help="where the data is, ddb-data-PORT by default")
+    parser.setting(
+        "--port", type=whole(0, 65535), default=8050, help="the port to listen on, 8050 by default; 0 picks a free one"
+    )
+    parser.setting(
+        "--advertise", type=address, default=None, metavar="HOST:PORT", help="the address that others are told"
+    )
+    parser.setting(
+        "--data-dir", type=Path, default=None, metavar="DIR", help="where the data is, ddb-data-PORT by default"
+    )
     parser.setting("--name", type=_name, default=None, help="what people call the node; its id when not given")
-    parser.setting("--election", type=_strategy, default="bully", metavar="bully|raft", help="how a new cluster holds elections")
-    parser.setting("--expect", type=whole(1, 99), default=1, metavar="N", help="begin a cluster only when N nodes are there, with all of them")
-    parser.setting("--replace-after", type=seconds(1, 1e7), default=30.0, metavar="SECONDS", help="how long a voter must be dead before a newcomer takes its place, 30 by default")
-    parser.setting("--max-frame", type=whole(1024, 64 << 20), default=16 << 20, metavar="BYTES", help="the largest request taken, 16 MiB by default")
-    parser.setting("--checkpoint-every", type=whole(1, 1 << 40), default=100_000, metavar="ENTRIES", help="how often the snapshot is brought up to date")
-    parser.setting("--retain", type=whole(0, 1 << 40), default=20_000, metavar="ENTRIES", help="how many entries the log keeps behind the snapshot")
-    parser.add_argument("--repair", action="store_true", help="give up what is damaged in log or snapshot; the leader has it")
+    parser.setting(
+        "--election", type=_strategy, default="bully", metavar="bully|raft", help="how a new cluster holds elections"
+    )
+    parser.setting(
+        "--expect",
+        type=whole(1, 99),
+        default=1,
+        metavar="N",
+        help="begin a cluster only when N nodes are there, with all of them",
+    )
+    parser.setting(
+        "--replace-after",
+        type=seconds(1, 1e7),
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a voter must be dead before a newcomer takes its place, 30 by default",
+    )
+    parser.setting(
+        "--max-frame",
+        type=whole(1024, 64 << 20),
+        default=16 << 20,
+        metavar="BYTES",
+        help="the largest request taken, 16 MiB by default",
+    )
+    parser.setting(
+        "--checkpoint-every",
+        type=whole(1, 1 << 40),
+        default=100_000,
+        metavar="ENTRIES",
+        help="how often the snapshot is brought up to date",
+    )
+    parser.setting(
+        "--retain",
+        type=whole(0, 1 << 40),
+        default=20_000,
+        metavar="ENTRIES",
+        help="how many entries the log keeps behind the snapshot",
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="give up what is damaged in log or snapshot; the leader has it"
+    )
     found = parser.parse_args(argv)
     return Settings(
         data_dir=found.data_dir or Path(f"ddb-data-{found.port}"),

@@ -48,7 +48,7 @@ from ddb.messages import (
     ElectionRequest,
     HardState,
     InstallSnapshot,
-    Message,
+    RaftMessage,
     ReadReply,
     ReadRequest,
     Role,
@@ -74,8 +74,8 @@ class Ready:
     reset: tuple[int, int] | None = None
     hard_state: HardState | None = None
     batches: list[Batch] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    after_save: list[Message] = field(default_factory=list)
+    messages: list[RaftMessage] = field(default_factory=list)
+    after_save: list[RaftMessage] = field(default_factory=list)
     committed: list[Batch] = field(default_factory=list)
     reads: list[tuple[int, int]] = field(default_factory=list)
     needs_snapshot: list[str] = field(default_factory=list)
@@ -255,43 +255,43 @@ class Raft:
             self.leader = None
             self.election.suspect(now)
 
-    def step(self, m: Message, now: float) -> None:
+    def step(self, m: RaftMessage, now: float) -> None:
         """Take in a message of another member."""
-        kind = type(m)
-        if kind is ElectionRequest:
-            return self._on_election_request(m, now)  # type: ignore[arg-type]
+        if type(m) is ElectionRequest:
+            self._on_election_request(m, now)
+            return
         if m.term > self.term:
             # Diss. §4.2.3: who hears a leader takes no notice of candidates, or a removed member could disturb.
-            if kind is VoteRequest and not m.transfer and self.hears_leader(now):  # type: ignore[union-attr]
-                return None
+            if type(m) is VoteRequest and not m.transfer and self.hears_leader(now):
+                return
             self._follow_term(m.term, now)
-        elif m.term < self.term and kind is not ElectionReply:  # that one is known by its number
-            return self._reject_stale(m)
-        if kind is Append:
-            self._on_append(m, now)  # type: ignore[arg-type]
-        elif kind is AppendReply:
-            self._on_append_reply(m, now)  # type: ignore[arg-type]
-        elif kind is VoteRequest:
-            self._on_vote_request(m, now)  # type: ignore[arg-type]
-        elif kind is VoteReply:
-            self._on_vote_reply(m, now)  # type: ignore[arg-type]
-        elif kind is ElectionReply:
-            self._on_election_reply(m, now)  # type: ignore[arg-type]
-        elif kind is TimeoutNow:
+        elif m.term < self.term and type(m) is not ElectionReply:  # that one is known by its number
+            self._reject_stale(m)
+            return
+        if type(m) is Append:
+            self._on_append(m, now)
+        elif type(m) is AppendReply:
+            self._on_append_reply(m, now)
+        elif type(m) is VoteRequest:
+            self._on_vote_request(m, now)
+        elif type(m) is VoteReply:
+            self._on_vote_reply(m, now)
+        elif type(m) is ElectionReply:
+            self._on_election_reply(m, now)
+        elif type(m) is TimeoutNow:
             self._on_timeout_now(now)
-        elif kind is ReadRequest:
-            self._on_read_request(m)  # type: ignore[arg-type]
-        elif kind is ReadReply:
-            self._out.reads.append((m.ticket, m.index))  # type: ignore[union-attr]
-        elif kind is InstallSnapshot:
+        elif type(m) is ReadRequest:
+            self._on_read_request(m)
+        elif type(m) is ReadReply:
+            self._out.reads.append((m.ticket, m.index))
+        elif type(m) is InstallSnapshot:
             self._hear_leader(m.src, now)
-            self._out.chunks.append(m)  # type: ignore[arg-type]
-        elif kind is SnapshotRequest and self.role is Role.LEADER:
+            self._out.chunks.append(m)
+        elif type(m) is SnapshotRequest and self.role is Role.LEADER:
             self._out.needs_snapshot.append(m.src)
-        elif kind is SnapshotReply and self.role is Role.LEADER:
+        elif type(m) is SnapshotReply and self.role is Role.LEADER:
             self._heard(m.src, now)
-            self._out.chunks.append(m)  # type: ignore[arg-type]
-        return None
+            self._out.chunks.append(m)
 
     def propose(self, entries: list[bytes], commands: list[Command], at_ms: int) -> Batch:
         """Append `entries` (encoded; `commands` the same, decoded) as one batch. Returns it: its (first, term) identify it.
@@ -387,7 +387,9 @@ class Raft:
             self.log.compact(index)
             self.durable = max(self.durable, index)
         else:
-            invariant(self.role is not Role.LEADER, "a leader's log holds all that is committed (§5.4, Leader Completeness)")
+            invariant(
+                self.role is not Role.LEADER, "a leader's log holds all that is committed (§5.4, Leader Completeness)"
+            )
             self.log.reset(index, term)
             self._out.reset = (index, term)
             self._out.batches.clear()
@@ -502,7 +504,7 @@ class Raft:
         self._heard_leader_at = now
         self.election.follow(now)
 
-    def _reject_stale(self, m: Message) -> None:
+    def _reject_stale(self, m: RaftMessage) -> None:
         """A message of an older term: tell its sender ours, so that it steps down (§5.1)."""
         if type(m) is Append or type(m) is InstallSnapshot:
             self._send(AppendReply(self.id, m.src, self.term, False, 0, 0), durable=True)
@@ -861,7 +863,7 @@ class Raft:
 
     # --- sending ------------------------------------------------------------------------------------------------
 
-    def _send(self, message: Message, durable: bool = False) -> None:
+    def _send(self, message: RaftMessage, durable: bool = False) -> None:
         """Hand out `message`; with `durable`, or while the term it names is not yet on disk, after the save."""
         if durable or self._durable_state.term != self.term:
             self._out.after_save.append(message)

@@ -139,7 +139,9 @@ class NodeService:
     def disconnected(self, peer: str) -> None:
         """Whatever was passed on to `peer` gets no reply any more."""
         for ticket in [ticket for ticket, (leader, _) in self._calls.items() if leader == peer]:
-            self._calls.pop(ticket)[1].fail(Timeout("The leader was lost meanwhile; the change may have been made or not."))
+            self._calls.pop(ticket)[1].fail(
+                Timeout("The leader was lost meanwhile; the change may have been made or not.")
+            )
 
     # --- data ---------------------------------------------------------------------------------------------------
 
@@ -149,7 +151,9 @@ class NodeService:
         if "forward" in request:
             self._check_forward(request)
         if node.disk_full and node.replica.is_leader:
-            raise ReadOnly("The disk of this node is full, so nothing can be written; free some space. Reads still work.")
+            raise ReadOnly(
+                "The disk of this node is full, so nothing can be written; free some space. Reads still work."
+            )
         node.replica.write(entry, command, slot)
 
     def _read(self, request: Request, slot: Slot) -> None:
@@ -264,7 +268,9 @@ class NodeService:
         if not config.voters:
             raise BadRequest(f"{member.name!r} is the last voter; a cluster can't be without any.")
         if not survives(config, node.id, node.standings(), node.patience):
-            raise BadRequest(f"Without {member.name!r} no majority of the voters would be alive; first bring others up.")
+            raise BadRequest(
+                f"Without {member.name!r} no majority of the voters would be alive; first bring others up."
+            )
         node.replica.change(config, slot)
 
     def _promote(self, request: Request, slot: Slot) -> None:
