@@ -121,10 +121,7 @@ def not_writable(path: Path, reason: object) -> StartupError:
 
 def corrupt(path: Path, what: str) -> CorruptStore:
     """The error that says `what` is wrong with the file at `path`."""
-    return CorruptStore(
-        f"The snapshot {path} is damaged: {what}. Move it away and start again: the node then syncs from the leader.",
-        file=str(path),
-    )
+    return CorruptStore(f"The snapshot {path} is damaged: {what}.", file=str(path))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +24,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from ddb import layers, snapshot, store
 from ddb.errors import CorruptStore, InvariantError, ReadOnly, StartupError
-from ddb.kv import Row, checksum, digest_of
+from ddb.kv import Machine, MemoryTable, Row, checksum, digest_of
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer
 from ddb.messages import Configuration, Member
 from ddb.snapshot import Meta, check_copy
 from ddb.store import Checkpoint, Store, sorted_slices
+from tests import test_kv
 
 CONFIGURATION = Configuration("c1", members=(Member("i1", "n1", "127.0.0.1:1", True),), removed=("i0",))
 
@@ -324,8 +326,6 @@ class StoreModel(RuleBasedStateMachine):
 
 @contextlib.contextmanager
 def temporary_directory() -> Iterator[str]:
-    import tempfile
-
     with tempfile.TemporaryDirectory(prefix="ddb-test-") as name:
         yield name
 
@@ -334,6 +334,26 @@ TestStoreIsADict = StoreModel.TestCase
 TestStoreIsADict.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(test_kv.REQUESTS, max_size=40), st.integers(1, 5))
+def test_the_machine_answers_alike_on_a_store_and_in_memory(requests: list[dict[str, Any]], size: int) -> None:
+    with temporary_directory() as directory, Store.open(Path(directory) / "store.db", cache_bytes_max=2000) as target:
+        on_disk, in_memory = Machine(target), Machine(MemoryTable())
+        begun: Checkpoint | None = None
+        for step, some in enumerate(test_kv.cut(requests, size)):
+            batch = test_kv.batch_of(in_memory.applied + 1, *some)
+            assert on_disk.apply_batch(batch) == in_memory.apply_batch(batch)
+            assert target.digest == in_memory.table.digest
+            if step % 3 == 0:
+                begun = target.begin_checkpoint(on_disk.applied, 1, None)
+            elif step % 3 == 1 and begun is not None:
+                begun.write()
+            elif begun is not None:
+                target.finish_checkpoint(begun)
+                begun = None
+        assert list(target.rows()) == list(in_memory.table.rows())
 
 
 # ----------------------------------------------------------------- crashes
