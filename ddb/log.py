@@ -53,8 +53,8 @@ class Log:
     """The log in one directory. Open it with `Log.open`; a context manager.
 
     `write`, `sync` and `close` belong to one thread. `read` and `drop_below` may be called from any other meanwhile:
-    they see what is durable. `hard_state`, `base`, `last` and `batches` are what was recovered; the first three then
-    follow what is synced.
+    they see what is durable. `hard_state`, `base` and `last` are what was recovered, and then what is synced; `batches`
+    is what was recovered, without `data` and `commands`, and is let go at the first write.
     """
 
     def __init__(self, directory: Directory, segment_bytes_max: int, repair: bool) -> None:
@@ -121,6 +121,8 @@ class Log:
         A batch that begins at or below the last index takes the place of the suffix from there on. `reset` (index,
         term) says that a snapshot at that index takes the place of everything before.
         """
+        if self.batches:
+            self.batches = []  # whoever opened the log has them by now, and memory is for the young
         group = self._group
         if hard_state is not None:
             group.add(encode(hard_state))
@@ -253,7 +255,10 @@ class Log:
         raise Compacted(f"the log keeps no batch that begins at {first}; it begins at {oldest}", oldest=oldest)
 
     def replay(self, after: int) -> Iterator[Batch]:
-        """The recovered batches with entries past index `after`, in order, each decoded when its turn comes."""
+        """The recovered batches with entries past index `after`, in order, each decoded when its turn comes.
+
+        For the time between `open` and the first `write`.
+        """
         for batch in self.batches[bisect_right(self.batches, after, key=attrgetter("last")) :]:
             yield decode_batch(self.read(batch.first))
 
