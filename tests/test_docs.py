@@ -216,12 +216,13 @@ def place(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     """A directory to run a document in, and an environment in which its commands mean this checkout."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "python3").symlink_to(Path(sys.executable).resolve())
     (programs / "nc").write_text(NC.format(python=sys.executable))
     if shutil.which("curl") is None:
         (programs / "curl").write_text(CURL.format(python=sys.executable))
     for program in programs.iterdir():
-        program.chmod(0o755)
+        if not program.is_symlink():
+            program.chmod(0o755)
     directory = tmp_path / "work"
     directory.mkdir()
     return directory, environment(PATH=f"{programs}:{os.environ['PATH']}", COLUMNS="120")
