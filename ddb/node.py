@@ -26,7 +26,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,6 +55,7 @@ log = logging.getLogger("ddb.node")
 
 BOOTSTRAP_EVERY_S: Final = 0.1
 MEMBERSHIP_EVERY_S: Final = 0.1
+SIGHTINGS_EVERY_S: Final = 0.25  # how often a leader looks for newcomers in the registry
 CAUGHT_UP_ENTRIES: Final = 1000  # a learner this close to the leader's log is promoted
 HAND_OVER_S: Final = 1.0
 DRAIN_S: Final = 2.0
@@ -123,6 +124,7 @@ class Node:
         self._known_config: Configuration | None = None
         self._shown_state: object = None
         self._next_membership_at = 0.0
+        self._next_sightings_at = 0.0
         self._leave_phase = 0
         self._leave_at = 0.0
         self._discovery: Discovery | None = None
@@ -283,6 +285,10 @@ class Node:
         self.service.disconnected(peer)
         self._keep_peers()
 
+    def greeted(self, peer: str) -> None:
+        """See peers.Host."""
+        self._keep_peers()
+
     def refused(self, peer: str, code: str, message: str) -> None:
         """See peers.Host."""
         if code == "forbidden":
@@ -295,7 +301,10 @@ class Node:
         self.peers.send(message)
 
     def _keep_peers(self) -> None:
-        self.peers.keep({m.id for m in self.replica.raft.config.members} | self.peers.introduced())
+        wanted = {m.id for m in self.replica.raft.config.members} | self.peers.introduced().keys()
+        if self.cluster is None and self._registry_cluster is not None:
+            wanted |= self._sightings.keys()  # whoever leads there takes in a node that introduces itself
+        self.peers.keep(wanted)
 
     def standings(self) -> dict[str, Standing]:
         """See service.Node."""
@@ -323,6 +332,9 @@ class Node:
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
             self._next_membership_at = now + MEMBERSHIP_EVERY_S
             self._tend_members()
+            if self._discovery is not None and now >= self._next_sightings_at:
+                self._next_sightings_at = now + SIGHTINGS_EVERY_S
+                self._discovery.refresh()
         state = (raft.role_shown, raft.term, raft.leader)
         if state != self._shown_state:
             self._shown_state = state
@@ -341,8 +353,8 @@ class Node:
             log.warning("%r: the cluster holds its elections by %r; so does this node now", self, config.election)
             self.replica.raft.election = self._election(config.election)
             self.replica.raft.election.follow(time.monotonic())
-        voters = [m.name for m in config.members if m.voter]
-        learners = [m.name for m in config.members if not m.voter]
+        voters = sorted(m.name for m in config.members if m.voter)
+        learners = sorted(m.name for m in config.members if not m.voter)
         if config.members:
             log.info(
                 "%r: voters %s%s", self, ", ".join(voters), f"; learners {', '.join(learners)}" if learners else ""
@@ -353,10 +365,8 @@ class Node:
         raft = self.replica.raft
         if not raft.has_committed_in_term or raft.config_index > raft.commit or raft.transfer_to is not None:
             return
-        sightings = {**self._sightings, self.id: Sighting(self.id, self.name, self.address)}
-        for id in list(sightings):
-            if id != self.id and raft.config.member(id) is not None:
-                sightings[id] = replace(sightings[id], address=self.peers.address(id) or sightings[id].address)
+        own = Sighting(self.id, self.name, self.address)
+        sightings = {**self._sightings, **self.peers.introduced(), self.id: own}
         change = next_change(raft.config, self.id, sightings, self.standings(), self.patience)
         if change is not None:
             try:

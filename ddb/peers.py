@@ -8,8 +8,8 @@ Laws:
 * A connection that closes is news: its process may be dead. It is told at once, whichever of the two closed.
 
 Theory. The dialler's first frame introduces it: who it is, whom it expects, of which cluster. The other side
-listens, or answers with a failure and closes: a stranger's cluster, a removed member, a wrong address. What
-follows are the messages of codec.py, a frame each. The introduction also carries the dialler's own address, so
+listens, or answers with a failure and closes: another cluster, a removed member, a wrong address. A node that has
+no cluster yet says so, and thereby asks to be taken in. What follows are the messages of codec.py, a frame each. The introduction also carries the dialler's own address, so
 members that have moved find each other even where the registry is down.
 """
 
@@ -46,6 +46,9 @@ class Host(Protocol):
     def disconnected(self, peer: str) -> None:
         """A connection with `peer` broke."""
 
+    def greeted(self, peer: str) -> None:
+        """`peer` has introduced itself; it may be a stranger."""
+
     def refused(self, peer: str, code: str, message: str) -> None:
         """`peer` will not talk to us, for this reason."""
 
@@ -60,7 +63,7 @@ class Peers:
         self._bind_host = bind_host
         self._links: dict[str, _Link] = {}
         self._addresses: dict[str, str] = {}
-        self._inbound: dict[str, Connection] = {}
+        self._inbound: dict[str, tuple[Connection, Sighting]] = {}
         self._encoded: tuple[Any, bytes] = (None, b"")
         self._closed = False
 
@@ -80,9 +83,9 @@ class Peers:
         """Where the member `id` was last seen."""
         return self._addresses.get(id)
 
-    def introduced(self) -> set[str]:
-        """The members that talk to us now."""
-        return set(self._inbound)
+    def introduced(self) -> dict[str, Sighting]:
+        """Those that talk to us now, by id: members, and nodes that would like to be."""
+        return {id: sighting for id, (_, sighting) in self._inbound.items()}
 
     def keep(self, ids: set[str]) -> None:
         """Hold connections to exactly these members, as far as their addresses are known."""
@@ -114,13 +117,16 @@ class Peers:
         """Listen to the member that has introduced itself on `connection`."""
         peer = sighting.id
         self.sighted(sighting)
-        old, self._inbound[peer] = self._inbound.get(peer), connection
+        old, self._inbound[peer] = self._inbound.get(peer), (connection, sighting)
         connection.on_payload = lambda payload: self._take(peer, connection, payload)
         connection.on_close = lambda: self._inbound_closed(peer, connection)
         if old is not None:
-            old.close()
+            old[0].close()
+        self._host.greeted(peer)
         if link := self._links.get(peer):
             link.hurry()
+        else:
+            self._links[peer] = _Link(self, peer, sighting.address)  # it waits for our answers
 
     def _take(self, peer: str, connection: Connection, payload: bytes) -> None:
         try:
@@ -130,7 +136,7 @@ class Peers:
             connection.close()
 
     def _inbound_closed(self, peer: str, connection: Connection) -> None:
-        if self._inbound.get(peer) is connection:
+        if peer in self._inbound and self._inbound[peer][0] is connection:
             del self._inbound[peer]
             self._host.disconnected(peer)
             if (link := self._links.get(peer)) and link.open:
@@ -142,7 +148,7 @@ class Peers:
         for link in self._links.values():
             link.close()
         self._links.clear()
-        for connection in list(self._inbound.values()):
+        for connection, _ in list(self._inbound.values()):
             connection.close()
 
 

@@ -318,15 +318,18 @@ class NodeService:
     def _peer(self, request: Request, slot: Slot) -> None:
         """Another node introduces itself (peers.py); from now on the connection is its."""
         node = self._node
-        for field in ("cluster", "id", "name", "address", "to"):
+        for field in ("id", "name", "address", "to"):
             if type(request.get(field)) is not str:
                 raise BadRequest(f"A node introduces itself with the string {field!r}.")
+        cluster = request.get("cluster")
+        if cluster is not None and type(cluster) is not str:
+            raise BadRequest("A node introduces itself with its `cluster`, null while it has none.")
         connection = slot.connection
         try:
             if request["to"] != node.id:
                 raise BadRequest(f"This is node {node.name!r} with the id {node.id}, not the one you look for.")
-            if node.cluster is not None and request["cluster"] != node.cluster:
-                raise WrongCluster(f"Node {node.name!r} belongs to cluster {node.cluster}, not {request['cluster']}.")
+            if None not in (node.cluster, cluster) and node.cluster != cluster:
+                raise WrongCluster(f"Node {node.name!r} belongs to cluster {node.cluster}, not {cluster}.")
             if request["id"] in node.replica.raft.config.removed:
                 raise Forbidden("The node was removed from the cluster.")
             wire.parse_address(request["address"])
@@ -334,8 +337,8 @@ class NodeService:
             slot.fail(error)
             connection.close_when_flushed()
             return
-        if node.cluster is None:
-            node.adopt(request["cluster"])
+        if node.cluster is None and cluster is not None:
+            node.adopt(cluster)
         node.peers.accept(connection, Sighting(request["id"], request["name"], request["address"]))
 
     def _named(self, request: Request, field: str) -> Member:
