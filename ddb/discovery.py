@@ -62,6 +62,11 @@ class Discovery:
         """Say again where this node is; to be called, too, when that has changed."""
         self.ask({"op": "register", **self._introduce()}, self._registered)
 
+    def refresh(self) -> None:
+        """Look again who is there, unless an answer is awaited anyway."""
+        if not self._waiting:
+            self.register()
+
     def close(self) -> None:
         """End the conversation; the registry is told that the node leaves. May be called twice."""
         if self._closed:
