@@ -561,7 +561,9 @@ class Raft:
         After a stall (the process was stopped, or the machine asleep) the answers that had queued up meanwhile seem fresh, and are not.
         """
         oldest = now if stalled else now - self.timing.election_timeout_s
-        if not self._is_majority(lambda progress: progress.heard_at > oldest):
+        if self._is_majority(lambda progress: progress.heard_at > oldest):
+            self._heard_leader_at = oldest  # should it lose the lead: how old its state may be
+        else:
             self._step_down()
             self.election.follow(now)
 
