@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 
-from tests.harness import Cluster
+from tests.harness import Cluster, NodeServer
 from tests.load import Load, Register
+from tests.relay import Network
 
 Clusters = Callable[..., Cluster]
 
@@ -75,3 +78,66 @@ def test_sigterm_of_the_leader_fails_no_request_that_is_retried_once(cluster: Cl
     assert not [w for w in load.writes if w.unknown]
     assert [w for w in load.writes if w.tries > 2 and w.rev] == []
     assert statistics.median(gaps_s) < 0.1, gaps_s
+
+
+def test_a_leader_cut_off_from_the_rest_answers_neither_a_write_nor_a_linearizable_read(cluster: Clusters) -> None:
+    three = cluster(3, start=False, hosts=["127.0.0.11", "127.0.0.12", "127.0.0.13"])
+    with Network(three) as network:
+        three.start()
+        old = three.leader()
+        others = three.followers()
+        assert old.ask(op="put", key="k", value="before")["ok"]
+        network.cut(old)
+        late = [in_background(old, 6.0, op=op, key="k", value="lost?", timeout=5) for op in ("put", "get")]
+        new = three.wait(lambda: next((n for n in others if n.role() == "leader"), None), what="another leader")
+        assert new.ask(op="put", key="k", value="after")["ok"]
+        # The old one knows no better yet, or has just found out; either way it must not answer from what it has.
+        for request in ({"op": "put", "key": "k", "value": "wrong"}, {"op": "get", "key": "k"}):
+            reply = old.ask(**request, timeout=0.5)
+            assert reply["error"] in ("no_leader", "timeout"), reply
+        stale = old.ask(op="get", key="k", read="stale")
+        assert stale["value"] == "before" and stale["lag"] > 0
+        assert new.ask(op="get", key="k")["value"] == "after"
+        network.heal()
+        three.wait(lambda: old.role() == "follower", what="the old leader follows")
+        written, read = (reply.result() for reply in late)
+        assert read.get("value") != "before", "a read that waited through the cut missed what was acknowledged meanwhile"
+        final = {node.ask(op="get", key="k")["value"] for node in three.nodes}
+        assert final == {"lost?"} if written.get("ok") else final in ({"after"}, {"lost?"})
+        three.wait_ready()
+
+
+@pytest.mark.parametrize("election", ["bully", "raft"])
+def test_no_history_breaks_while_one_node_after_the_other_is_cut_off(cluster: Clusters, election: str) -> None:
+    hosts = [f"127.0.0.{n}" for n in range(21, 26)]
+    five = cluster(5, start=False, hosts=hosts, election=election)
+    with Network(five) as network:
+        five.start()
+        with Load(five, writers=5) as load, Register(five) as register:
+            for count in (1, 2, 1, 2):
+                leader = five.leader()
+                apart = [leader, *[n for n in five.nodes if n is not leader][: count - 1]]
+                network.cut(*apart)
+                rest = [n for n in five.nodes if n not in apart]
+                five.wait(lambda rest=rest: any(n.role() == "leader" for n in rest), what="a leader of the majority")
+                load.wait_for(10, since_s=time.monotonic())
+                network.heal()
+        five.wait_ready()
+        five.wait_equal()
+        load.check(five.nodes)
+        assert min(register.reads.values()) > 0
+        assert len({s["digest"] for s in five.statuses().values()}) == 1
+
+
+def in_background(node: NodeServer, timeout_s: float, **request: object) -> Future[dict[str, object]]:
+    """The reply of `node` to `request`, when it comes."""
+    future: Future[dict[str, object]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(node.ask(timeout_s, **request))
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
