@@ -141,3 +141,88 @@ def in_background(node: NodeServer, timeout_s: float, **request: object) -> Futu
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+def test_on_equal_logs_the_highest_living_name_wins_after_the_leaders_death(cluster: Clusters) -> None:
+    four = cluster(4)
+    for _ in range(3):
+        leader = four.wait_ready(voters=4)
+        four.wait_equal()
+        leader.kill()
+        highest = max(four.running, key=lambda node: node.name)
+        assert four.leader() is highest
+        leader.start()
+
+
+def test_a_node_that_returns_with_an_older_log_and_the_highest_name_neither_wins_nor_blocks(cluster: Clusters) -> None:
+    three = cluster(3)
+    client = three.client()
+    returning = three.node("n3")
+    returning.kill()
+    for n in range(20):
+        client.put(f"k{n}", n)
+    leader = three.leader()
+    # It comes back in the very moment of an election, behind everybody.
+    term = leader.status()["term"]
+    leader.kill()
+    killed_at = time.monotonic()
+    returning.start()
+    new = three.leader()
+    assert new is not returning and new is not leader, repr(new)
+    assert time.monotonic() - killed_at < 3.0
+    assert client.put("after", 1).rev > 0
+    leader.start()
+    assert three.wait_ready().status()["term"] - term <= 5
+    assert returning.ask(op="count")["count"] == 21
+
+
+@pytest.mark.parametrize("wiped", [False, True])
+def test_without_its_registry_a_cluster_reads_writes_and_fails_over(cluster: Clusters, wiped: bool) -> None:
+    three = cluster(3)
+    client = three.client()
+    client.put("before", 1)
+    id = three.nodes[0].status()["cluster"]
+    assert three.registry is not None
+    if wiped:
+        three.registry.wipe()
+    else:
+        three.registry.kill()
+    three.leader().kill()
+    client.put("during", 2)
+    assert [client.get(key).value for key in ("before", "during")] == [1, 2]  # type: ignore[union-attr]
+    for node in three.nodes:
+        if not node.alive:
+            node.start()
+    three.wait_ready()
+    three.registry.start()
+    # A node without a cluster comes at the same time: it must not be granted one of its own.
+    newcomer = three.new_node()
+    newcomer.start()
+
+    def listed() -> bool:
+        reply = three.registry.ask(op="nodes")  # type: ignore[union-attr]
+        return reply["cluster"] == id and {n["name"] for n in reply["nodes"]} == {"n1", "n2", "n3", "n4"}
+
+    three.wait(listed, what="all nodes are in the registry")
+    three.wait_ready(voters=4)
+    assert {s["cluster"] for s in three.statuses().values()} == {id}
+    assert newcomer.ask(op="get", key="during")["value"] == 2
+
+
+@pytest.mark.parametrize("election", ["bully", "raft"])
+def test_a_transfer_under_load_loses_nothing_and_takes_a_moment(cluster: Clusters, election: str) -> None:
+    three = cluster(3, election=election)
+    gaps_s = []
+    with Load(three) as load, Register(three):
+        for _ in range(5):
+            target = three.followers()[0]
+            began_at = time.monotonic()
+            reply = three.leader().ask(op="transfer", to=target.name)
+            assert (reply["name"], reply["leader"]) == (target.name, target.address)
+            load.wait_for(10, since_s=time.monotonic())
+            gaps_s.append(load.longest_gap_s(began_at, time.monotonic()))
+            assert three.leader() is target
+    three.wait_equal()
+    load.check(three.nodes)
+    assert [w for w in load.writes if w.unknown] == []
+    assert statistics.median(gaps_s) < 0.2, gaps_s
