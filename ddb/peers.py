@@ -125,8 +125,6 @@ class Peers:
         self._host.greeted(peer)
         if link := self._links.get(peer):
             link.hurry()
-        else:
-            self._links[peer] = _Link(self, peer, sighting.address)  # it waits for our answers
 
     def _take(self, peer: str, connection: Connection, payload: bytes) -> None:
         try:
