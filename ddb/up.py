@@ -307,8 +307,9 @@ def _welcome(settings: Settings, children: list[Child], colour: bool) -> Iterato
     ddb = _program()
     yield f"  {ddb} put city Oslo"
     yield f"  {ddb} get city"
-    yield f"  kill -9 {leading.process.pid}    # {leading.name}, the leader"
-    yield f"  {ddb} get city"
+    if len(nodes) >= 3:  # fewer are no majority without it
+        yield f"  kill -9 {leading.process.pid}    # {leading.name}, the leader"
+        yield f"  {ddb} get city"
     yield f"  {ddb} status"
     yield ""
     yield "Ctrl-C stops all of it."

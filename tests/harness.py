@@ -208,6 +208,10 @@ class Server:
         """SIGCONT: goes on after `stop_signal`."""
         self._signal(signal.SIGCONT)
 
+    def ask_to_leave(self) -> None:
+        """SIGTERM, without waiting for the end."""
+        self._signal(signal.SIGTERM)
+
     def term(self, timeout_s: float = 10.0) -> int:
         """SIGTERM, wait, return the exit status. Raises TimeoutExpired where it does not leave."""
         self._signal(signal.SIGTERM)
