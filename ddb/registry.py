@@ -244,7 +244,12 @@ def _settings(arguments: Sequence[str] | None) -> Any:
     )
     parser.setting("--host", type=str, default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.setting("--port", type=whole(0, 65535), default=8080, help="port, 0 for any free one (default 8080)")
-    parser.setting("--data-dir", type=Path, default=Path("ddb-registry-data"), help="(default ./ddb-registry-data)")
+    parser.setting(
+        "--data-dir",
+        type=Path,
+        default=Path("ddb-data-registry"),
+        help="where its memory is (default ddb-data-registry)",
+    )
     parser.setting("--ttl", type=seconds(0.1, 3600), default=3.0, help="seconds until a silent node is forgotten (3)")
     return parser.parse_args(arguments)
 

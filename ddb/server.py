@@ -60,7 +60,7 @@ class Limits:
     output_bytes_max: int = 16 << 20  # unsent output of one connection; over it, the connection is not read
     output_bytes_hard_max: int = 256 << 20  # over it, the connection is ended: the client does not read
     held_bytes_max: int = 256 << 20  # unfinished input and stuck output of all connections together
-    connections_max: int = 8192
+    connections_max: int = 8192  # over it, the client that was silent longest makes room, if one was
     idle_message_s: float = 30.0  # an unfinished message may stand still for so long, and up to SWEEP_S more
 
 
@@ -211,7 +211,7 @@ class ClientConnection(Connection):
                 return
         self._handle(cutter.feed(data))
         if cutter.error is not None:
-            self._refuse(cutter.error)
+            self._refuse_when_read()
         elif self._held or len(cutter):
             self._account()
 
@@ -221,8 +221,7 @@ class ClientConnection(Connection):
             self.end("closed by the other side")
             return
         self._handle(self.cutter.finish())
-        if self.cutter.error is not None:
-            self._refuse(self.cutter.error)
+        self._refuse_when_read()
         self.finish()
 
     def _choose_dialect(self, first: int) -> Cutter | None:
@@ -305,6 +304,7 @@ class ClientConnection(Connection):
             self._paused = False
             unread, self._unread = self._unread, []
             self._handle(unread)
+            self._refuse_when_read()
             self.watch()
 
     def _has_room(self) -> bool:
@@ -368,6 +368,11 @@ class ClientConnection(Connection):
         if server.held_bytes > server.limits.held_bytes_max and held > RECV_BYTES and not self._finishing:
             self._refuse(Overloaded("Too much unfinished input waits here; send it again later."))
 
+    @property
+    def silence(self) -> int:
+        """For how many sweeps a client has been silent that is owed nothing; 0 for a node's connection."""
+        return 0 if self.slots or self._on_payload is not None else self.still
+
     def sweep(self, patience: int) -> None:
         """End what has stood still in the middle of something for `patience` sweeps."""
         self.still += 1
@@ -377,6 +382,11 @@ class ClientConnection(Connection):
             self.end("does not read its replies")
         elif self.cutter is not None and len(self.cutter) and not self._paused and self._on_payload is None:
             self._refuse(BadFrame("The rest of the message did not come in time."))
+
+    def _refuse_when_read(self) -> None:
+        """What can't be cut is told of after the messages before it, some of which may have to wait."""
+        if self.cutter is not None and self.cutter.error is not None and not self._unread:
+            self._refuse(self.cutter.error)
 
     def _refuse(self, error: DdbError) -> None:
         """Nothing more can be understood: answer `error` after what is in flight, and close."""
@@ -427,6 +437,7 @@ class Server:
         self._date = (0, "")
         self._listening = False
         self._closed = False
+        self._crowded = False  # no connection can make room for another
         self._sock = _listener(host, port)
         self.address: tuple[str, int] = self._sock.getsockname()[:2]
         self._listen()
@@ -465,7 +476,7 @@ class Server:
 
     def _accept(self, sock: socket.socket, peer: str) -> None:
         try:
-            if len(self.connections) < self.limits.connections_max:
+            if len(self.connections) < self.limits.connections_max or self._make_room():
                 self.connections.add(ClientConnection(self, sock, peer))
                 return
             sock.setblocking(False)
@@ -475,6 +486,18 @@ class Server:
         except OSError as error:
             log.info("the connection with %s could not be served: %s", peer, error)
         sock.close()
+
+    def _make_room(self) -> bool:
+        """End the client's connection that has been silent longest, if one was for a whole sweep: else a program that
+        forgets its connections would lock out everybody, the other nodes included."""
+        if self._crowded:
+            return False
+        silent = max(self.connections, key=lambda connection: connection.silence, default=None)
+        if silent is None or not silent.silence:
+            self._crowded = True  # until the next sweep; looking again for each client would cost too much
+            return False
+        silent.end("made room for another")
+        return True
 
     def _out_of_descriptors(self, error: OSError) -> None:
         """Nothing can be accepted, and the selector would report the waiting client for ever: give the spare
@@ -508,6 +531,7 @@ class Server:
         self.held_bytes -= held_bytes
 
     def _sweep(self) -> None:
+        self._crowded = False
         patience = int(self.limits.idle_message_s / SWEEP_S)
         for connection in list(self.connections):
             connection.sweep(patience)

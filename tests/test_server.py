@@ -231,6 +231,16 @@ def test_a_connection_with_too_many_requests_in_flight_is_not_read() -> None:
         assert service.most_held == 10
 
 
+@pytest.mark.parametrize("end", ["garbage", "end of stream"])
+def test_requests_that_wait_for_room_are_answered_before_the_end(end: str) -> None:
+    with running(limits=Limits(in_flight_max=10)) as server, server.connect() as client:
+        client.sendall(frames(*({"op": "echo", "value": n} for n in range(1000))) + (b"x" if end == "garbage" else b""))
+        client.shutdown(socket.SHUT_WR)
+        replies = [wire.decode(reply) for reply in wire.FrameBuffer(1 << 20).feed(read_all(client))]
+        assert [reply.get("value") for reply in replies[:1000]] == list(range(1000))
+        assert [reply["error"] for reply in replies[1000:]] == (["bad_frame"] if end == "garbage" else [])
+
+
 def test_a_client_that_never_reads_does_not_grow_the_servers_memory() -> None:
     limits = Limits(output_bytes_max=1 << 20, in_flight_max=64)
     with running(limits=limits) as server, server.connect() as client:
@@ -273,6 +283,18 @@ def test_a_connection_over_the_maximum_is_told_to_come_later() -> None:
         one.close()
         wait(lambda: len(server.server.connections) == 1)
         assert b'"value":1' in talk(server, frames(ECHO))
+
+
+def test_a_silent_connection_makes_room_for_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "SWEEP_S", 0.02)
+    service = Echo()
+    with running(service, Limits(connections_max=2)) as server, server.connect() as busy, server.connect() as silent:
+        busy.sendall(frames({"op": "hold"}))
+        wait(lambda: service.held and len(server.server.connections) == 2)
+        wait(lambda: all(connection.still for connection in server.server.connections))
+        assert b'"value":1' in talk(server, frames(ECHO))
+        assert read_all(silent) == b""
+        assert len(service.held) == 1 and not service.held[0][1].connection.closed
 
 
 def test_unfinished_messages_of_all_connections_share_one_bound() -> None:
