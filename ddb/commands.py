@@ -264,7 +264,8 @@ def _range(request: dict[str, Any]) -> dict[str, Any]:
     bounds = {name: request.get(name) for name in ("prefix", "start", "end")}
     for name, value in bounds.items():
         if value is not None:
-            _check_key_size(value, f"`{name}`")
+            # The next page begins behind the longest key; the end of a prefix may be longer than the prefix.
+            _check_key_size(value, f"`{name}`", KEY_BYTES_MAX + (0 if name == "prefix" else 4))
     prefix, start, end = bounds["prefix"], bounds["start"], bounds["end"]
     if prefix is None:
         return {"start": start or "", "end": end}
@@ -284,15 +285,15 @@ def _key(request: dict[str, Any], name: str = "`key`") -> str:
     return str(key)
 
 
-def _check_key_size(key: Any, name: str) -> None:
+def _check_key_size(key: Any, name: str, bytes_max: int = KEY_BYTES_MAX) -> None:
     if type(key) is not str:
         raise BadRequest(f"{name} must be a string, not {_shown(key)}.")
     try:
         size = len(key.encode())
     except UnicodeEncodeError:
         raise BadRequest(f"{name} holds an unpaired surrogate.") from None
-    if size > KEY_BYTES_MAX:
-        raise TooLarge(f"{name} has {size} bytes, where {KEY_BYTES_MAX} are allowed.")
+    if size > bytes_max:
+        raise TooLarge(f"{name} has {size} bytes, where {bytes_max} are allowed.")
 
 
 def _refuse_not_yet(request: dict[str, Any]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddb import connect, errors
-from ddb.client import Client, Item
+from ddb.client import Client, Item, next_page
 from tests.harness import Cluster, ask
 
 
@@ -52,6 +53,18 @@ def test_ranges_are_scanned_counted_and_paged(db: Client) -> None:
     assert [(i.key, i.value) for i in page] == [("r/2499", 2499), ("r/2498", 2498)] and page.more
     assert [i.value for i in db.scan("r/", keys_only=True, limit=1)] == [None]
     assert [i.value for i in db.scan_all("r/")] == list(range(2500))
+
+
+def test_paging_goes_on_behind_the_longest_key_there_can_be(db: Client) -> None:
+    keys = ["y" * 4096, "y" * 4095 + "z", "z"]
+    db.batch([{"op": "put", "key": key, "value": 1} for key in keys])
+    request: dict[str, Any] = {"op": "scan", "start": "y", "limit": 1}
+    found = []
+    for _ in keys:
+        (item,) = db.call(request)["items"]
+        found.append(item["key"])
+        request = next_page(request, item["key"])
+    assert found == keys
 
 
 def test_counters_and_transactions(db: Client) -> None:
