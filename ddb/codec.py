@@ -123,6 +123,8 @@ def encode_message(message: Message) -> bytes:
 def decode_message(payload: bytes, src: str, dst: str) -> Message:
     """The message that `payload` says, sent by member `src` to `dst`. Raises BadRequest where it is none."""
     value = wire.decode_trusted(payload)
+    if type(value) is not dict:
+        raise BadRequest("a peer sent a message that is no JSON object")
     kind = value.get("m")
     try:
         if kind == "append":
@@ -132,18 +134,25 @@ def decode_message(payload: bytes, src: str, dst: str) -> Message:
             return Forward(src, dst, _whole(value["ticket"]), entries, tuple(value["entries"]))
         if kind == "forwarded":
             return ForwardReply(src, dst, _whole(value["ticket"]), _cut(payload, value["sizes"], value["replies"]))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadRequest(f"a peer sent a message that can't be read: {error!r}") from None
     cls = _KINDS.get(kind) if type(kind) is str else None
     if cls is None:
         raise BadRequest(f"a peer sent a message of unknown kind {kind!r}")
     arguments: dict[str, Any] = {"src": src, "dst": dst}
     for name, type_name in _FIELDS[cls].items():
-        field = value.get(name)
-        if type(field) is not _CHECKS[type_name]:
+        field: Any = value.get(name)
+        if type(field) is not _CHECKS[type_name] or (type_name == "int" and field < 0):
             raise BadRequest(f"a peer's {kind!r} message has no {type_name} in {name!r}")
-        arguments[name] = base64.b64decode(field) if type_name == "bytes" else field
+        arguments[name] = _unpacked(field) if type_name == "bytes" else field
     return cls(**arguments)  # type: ignore[no-any-return]
+
+
+def _unpacked(field: str) -> bytes:
+    try:
+        return base64.b64decode(field, validate=True)
+    except ValueError:
+        raise BadRequest("a peer sent bytes that are not in base64") from None
 
 
 def _encode_append(m: Append) -> bytes:
@@ -184,6 +193,8 @@ def _cut(payload: bytes, sizes: list[int], values: list[Any]) -> tuple[bytes, ..
     for size in sizes:
         texts.append(payload[position : position + size])
         position += size + 1
+        if payload[position - 1] not in b",]":
+            raise ValueError("its sizes cut a text in two")
     return tuple(texts)
 
 

@@ -34,7 +34,7 @@ from typing import Any, Final
 
 from ddb.errors import BadRequest, TooLarge
 from ddb.messages import Command
-from ddb.wire import encode, encode_string
+from ddb.wire import check_surrogates, encode, encode_string
 
 KEY_BYTES_MAX: Final = 4096
 ENTRY_BYTES_MAX: Final = 16 << 20  # of one command in the log
@@ -99,6 +99,24 @@ def prepare_read(request: dict[str, Any]) -> Command:
     if op == "count":
         return ["count", _range(request)]
     raise BadRequest(f"{_shown(op)} is not a read; the reads are {_listed(sorted(READS))}.")
+
+
+def well_formed(entry: bytes, command: Any) -> bool:
+    """Whether `command`, decoded from `entry`, has one of the shapes above.
+
+    A leader asks this of what another member forwards. An entry that the machine can't apply would, once it is
+    committed, stop every node, and stop it again at each start.
+    """
+    if 92 in entry:  # a backslash, before which no surrogate can be escaped
+        try:
+            check_surrogates(entry)
+        except BadRequest:
+            return False
+    if len(entry) > ENTRY_BYTES_MAX or type(command) is not list or not command:
+        return False
+    if command[0] == "put" and len(command) == 3:
+        return _is_key(command[1])
+    return command[0] in ("put", "delete", "incr", "batch", "txn") and _has_shape(command)
 
 
 def prefix_end(prefix: str) -> str | None:
@@ -272,6 +290,46 @@ def _range(request: dict[str, Any]) -> dict[str, Any]:
     if start is not None or end is not None:
         raise BadRequest("Give either `prefix`, or `start` and `end`, not both.")
     return {"start": prefix, "end": prefix_end(prefix)}
+
+
+# ------------------------------------------------- commands of other members
+
+
+def _has_shape(command: Any) -> bool:
+    match command:
+        case ["put", key, _] | ["delete", key] | ["get", key]:
+            return _is_key(key)
+        case ["put", key, _, {"if": conditions, **more}] | ["delete", key, {"if": conditions, **more}]:
+            return _is_key(key) and not more and _are_conditions(conditions)
+        case ["incr", key, by]:
+            return _is_key(key) and type(by) is int
+        case ["scan", {"start": str(), "end": str() | None, "limit": limit, "reverse": bool(), "keys_only": bool()}]:
+            return type(limit) is int and 1 <= limit <= SCAN_LIMIT_MAX
+        case ["count", {"start": str(), "end": str() | None}]:
+            return True
+        case ["batch", list(commands)]:
+            return _are_commands(commands, ("put", "delete"), 3)
+        case ["txn", conditions, list(then), list(other)]:
+            known = tuple(_IN_TXN)
+            return _are_conditions(conditions) and _are_commands(then, known, 3) and _are_commands(other, known, 3)
+    return False
+
+
+def _are_commands(commands: list[Any], known: tuple[str, ...], parts_max: int) -> bool:
+    return len(commands) <= OPERATIONS_MAX and all(
+        type(c) is list and 0 < len(c) <= parts_max and c[0] in known and _has_shape(c) for c in commands
+    )
+
+
+def _are_conditions(conditions: Any) -> bool:
+    try:
+        return type(conditions) is list and [_condition(c, None) for c in conditions] == conditions
+    except (BadRequest, TooLarge):
+        return False
+
+
+def _is_key(key: Any) -> bool:
+    return type(key) is str and len(key) > 0 and (len(key) <= 1024 or len(key.encode()) <= KEY_BYTES_MAX)
 
 
 # ------------------------------------------------------------------- parts

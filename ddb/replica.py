@@ -26,8 +26,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ddb import codec, kv, wire
+from ddb.commands import well_formed
 from ddb.config import Bounds
-from ddb.errors import CorruptStore, DdbError, NoLeader, Overloaded, Timeout
+from ddb.errors import BadRequest, CorruptStore, DdbError, NoLeader, Overloaded, Timeout
 from ddb.messages import (
     Append,
     Batch,
@@ -175,6 +176,7 @@ class Replica:
         self._reachable: set[str] = set()
         self._leading = (raft.term, raft.leader)
         self._led_since = 0.0
+        self._leader_shown: tuple[int, str | None, int] | None = None
         self._leader_field = b""
         self._expire_at = 0.0
         self._digests: dict[int, int] = {}
@@ -307,12 +309,14 @@ class Replica:
     def _notice_leader(self, now: float) -> None:
         """When the leader changes, whatever was asked of the old one has to be asked again."""
         raft = self.raft
+        if (raft.term, raft.leader, raft.config_index) != self._leader_shown:
+            self._leader_shown = (raft.term, raft.leader, raft.config_index)
+            leader = raft.config.member(raft.leader) if raft.leader else None
+            self._leader_field = b'"leader":%b' % wire.encode_string(leader.address) if leader else b""
         if (raft.term, raft.leader) == self._leading:
             return
         self._leading = (raft.term, raft.leader)
         self._led_since = now
-        leader = raft.config.member(raft.leader) if raft.leader else None
-        self._leader_field = b'"leader":%b' % wire.encode_string(leader.address) if leader else b""
         for _, reads in self._reads_asked.values():
             self._reads.extend(reads)
         self._reads_asked.clear()
@@ -362,7 +366,12 @@ class Replica:
         deadline = now + 60.0  # the follower that asked keeps its clients' own
         commands = m.commands or [wire.decode_trusted(entry) for entry in m.entries]
         for position, (entry, command) in enumerate(zip(m.entries, commands, strict=True)):
-            self._writes.append((entry, command, _ForwardedPart(group, position, deadline)))
+            part = _ForwardedPart(group, position, deadline)
+            if well_formed(entry, command):
+                self._writes.append((entry, command, part))
+            else:
+                log.error("%r: %s forwards a write that can't be applied: %.200r", self, m.src, entry)
+                part.fail(BadRequest("The leader does not know this kind of write; is it of another version?"))
 
     def _on_forward_reply(self, m: ForwardReply) -> None:
         _, writes = self._forwarded.pop(m.ticket, ("", []))

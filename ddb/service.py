@@ -40,6 +40,7 @@ TIMEOUT_MAX_S: Final = 3600.0
 LOG_LIMIT: Final = 100
 LOG_LIMIT_MAX: Final = 10_000
 LOG_BYTES_MAX: Final = 4 << 20
+FOR_THE_LEADER: Final = ("members", "member_remove", "member_promote", "transfer")
 LATER: Final = (
     "watch", "session_open", "session_close", "lease_grant", "lease_keepalive", "lease_revoke", "lease_list",
     "backup", "trace",
@@ -330,7 +331,8 @@ class NodeService:
                 raise BadRequest(f"This is node {node.name!r} with the id {node.id}, not the one you look for.")
             if None not in (node.cluster, cluster) and node.cluster != cluster:
                 raise WrongCluster(f"Node {node.name!r} belongs to cluster {node.cluster}, not {cluster}.")
-            if request["id"] in node.replica.raft.config.removed:
+            raft = node.replica.raft
+            if request["id"] in raft.config_at(raft.commit).removed:
                 raise Forbidden("The node was removed from the cluster.")
             wire.parse_address(request["address"])
         except DdbError as error:
@@ -391,6 +393,8 @@ class NodeService:
         """A follower passes on a client's request."""
         slot = _CallSlot(self._node.peers, m)
         try:
+            if m.request.get("op") not in FOR_THE_LEADER:
+                raise BadRequest("This is nothing that members ask of each other.")
             self.request({**m.request, "forward": False}, slot)  # type: ignore[arg-type]
         except DdbError as error:
             slot.fail(error)

@@ -95,7 +95,7 @@ def decode_value(payload: bytes) -> Any:
     if end != len(text) and text[end:].strip(_WHITESPACE):
         raise BadRequest(f"After the JSON value something else follows, at character {end + 1}.")
     if 92 in payload:  # a backslash: one memchr, where looking for b"\\u" would cost ten times as much
-        _check_surrogates(payload)
+        check_surrogates(payload)
     if size > 2 * DEPTH_MAX and (91 in payload or payload.find(b"{", 1) > 0):  # more than one flat object
         _check_depth(payload)
     if size > DIGITS_MAX and sys.get_int_max_str_digits() != DIGITS_MAX:
@@ -122,7 +122,7 @@ def decode_trusted(payload: bytes) -> Any:
 def _decode_slowly(payload: bytes) -> Any:
     """What the quick way stumbled over: leading blanks, an interpreter's lower limit on digits, or a fault."""
     value = _with_own_digits(_decode_checked, payload)
-    _check_surrogates(payload)
+    check_surrogates(payload)
     _check_depth(payload)
     return value
 
@@ -162,7 +162,7 @@ def _with_own_digits(work: Callable[[Any], Any], argument: Any) -> Any:
         sys.set_int_max_str_digits(limit)
 
 
-def _check_surrogates(payload: bytes) -> None:
+def check_surrogates(payload: bytes) -> None:
     """Raise BadRequest where a \\u escape of valid JSON is half of a surrogate pair (RFC 8259 §8.2)."""
     if _HIGH_OR_LOW.search(payload) and any(escape.group(1) for escape in _ESCAPE.finditer(payload)):
         raise BadRequest(_LONE)
