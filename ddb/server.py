@@ -48,6 +48,7 @@ ACCEPT_PAUSE_S: Final = 0.25
 BACKLOG: Final = 1024
 SWEEP_S: Final = 10.0
 DRAIN_POLL_S: Final = 0.005
+DESCRIPTORS_KEPT: Final = 128  # for the log, the snapshot, and the connections that we dial
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,6 +433,7 @@ class Server:
         self.service = service
         self.limits = limits or Limits()
         self.connections: set[ClientConnection] = set()
+        self._connections_max = _connections_max(self.limits.connections_max)
         self.held_bytes = 0
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._date = (0, "")
@@ -476,7 +478,7 @@ class Server:
 
     def _accept(self, sock: socket.socket, peer: str) -> None:
         try:
-            if len(self.connections) < self.limits.connections_max or self._make_room():
+            if len(self.connections) < self._connections_max or self._make_room():
                 self.connections.add(ClientConnection(self, sock, peer))
                 return
             sock.setblocking(False)
@@ -580,6 +582,18 @@ def raise_descriptor_limit() -> None:
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _connections_max(wanted: int) -> int:
+    """As many as `wanted`, but leaving descriptors to the rest of the process: a log that can't open its next segment
+    would end it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on every system
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if limit != resource.RLIM_INFINITY:
+            return min(wanted, max(limit - DESCRIPTORS_KEPT, limit // 2))
+    return wanted
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Final
 
 from ddb import snapshot
 from ddb.config import Bounds
-from ddb.errors import DdbError, invariant
+from ddb.errors import ReadOnly, invariant
 from ddb.kv import Machine
 from ddb.messages import Batch, InstallSnapshot, Message, SnapshotReply, SnapshotRequest
 from ddb.raft import Ready
@@ -206,7 +206,7 @@ class Sync:
             if error is None:
                 waiter.reply(b'{"ok":true,"rev":%d}' % self._store.meta.applied)
             else:
-                waiter.fail(error if isinstance(error, DdbError) else DdbError(f"The checkpoint failed: {error}"))
+                waiter.fail(ReadOnly(f"The checkpoint failed: {error}"))
 
     def _compact(self) -> None:
         """Drop what the checkpoint covers from the log, but for a tail, and for what a snapshot on its way will need."""
