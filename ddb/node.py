@@ -45,7 +45,7 @@ from ddb.peers import Peers
 from ddb.raft import Raft
 from ddb.raftlog import RaftLog
 from ddb.replica import Replica
-from ddb.server import Limits, Server
+from ddb.server import Limits, Server, raise_descriptor_limit
 from ddb.service import NodeService
 from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
@@ -597,6 +597,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     sys.set_int_max_str_digits(wire.DIGITS_MAX)
+    raise_descriptor_limit()
     node: Node | None = None
     try:
         node = Node(settings)
