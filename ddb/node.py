@@ -35,7 +35,7 @@ from ddb.config import Bounds, Timing
 from ddb.datadir import DataDirectory
 from ddb.discovery import Discovery
 from ddb.election import STRATEGIES, Election
-from ddb.errors import BadRequest, CorruptStore, DdbError, InvariantError, NoLeader, Overloaded, StartupError
+from ddb.errors import BadRequest, CorruptStore, DdbError, Forbidden, InvariantError, NoLeader, Overloaded, StartupError
 from ddb.kv import Machine
 from ddb.log import Log, LogWriter
 from ddb.loop import Fatal, Loop
@@ -122,6 +122,7 @@ class Node:
         self._sightings: dict[str, Sighting] = {}
         self._registry_cluster: str | None = None
         self._known_config: Configuration | None = None
+        self._removed: object = None
         self._shown_state: object = None
         self._next_membership_at = 0.0
         self._next_sightings_at = 0.0
@@ -327,6 +328,7 @@ class Node:
         raft = self.replica.raft
         if raft.config is not self._known_config:
             self._on_config(raft.config)
+        self._expel(raft.config_at(raft.commit))
         if self.data.identity.founding is not None and raft.commit >= 1:
             self.data.change(founding=None)
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
@@ -359,6 +361,13 @@ class Node:
             log.info(
                 "%r: voters %s%s", self, ", ".join(voters), f"; learners {', '.join(learners)}" if learners else ""
             )
+
+    def _expel(self, committed: Configuration) -> None:
+        """Tell those who were removed: the leader that did it may be gone, and speaks to them no more anyway."""
+        if committed.removed is not self._removed:
+            self._removed = committed.removed
+            for id in committed.removed:
+                self.peers.refuse(id, Forbidden("The node was removed from the cluster."))
 
     def _tend_members(self) -> None:
         """As the leader, bring the configuration one step closer to what it should be."""

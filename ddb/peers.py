@@ -126,6 +126,12 @@ class Peers:
         if link := self._links.get(peer):
             link.hurry()
 
+    def refuse(self, id: str, error: DdbError) -> None:
+        """Listen to the member `id` no more, and tell it why."""
+        if found := self._inbound.get(id):
+            found[0].send(wire.frame(wire.failure(error)))
+            found[0].close_when_flushed()
+
     def _take(self, peer: str, connection: Connection, payload: bytes) -> None:
         try:
             self._host.received(codec.decode_message(payload, peer, self._own_id))
@@ -159,6 +165,7 @@ class _Link:
         self._peer = peer
         self._address = address
         self._failures = 0
+        self._refusal: tuple[str, str] | None = None  # the last one, told once
         self._closed = False
         self._timer: Any = None
         self._dial()
@@ -174,7 +181,7 @@ class _Link:
             bind_host=peers._bind_host,
             on_open=lambda: self._on_open(connection),
             on_close=lambda: self._on_close(connection),
-            on_payload=lambda payload: self._on_payload(payload),
+            on_payload=lambda payload: self._on_payload(connection, payload),
             timeout_s=1.0,
         )
         self.connection = connection
@@ -187,14 +194,18 @@ class _Link:
         connection.send(wire.frame(wire.encode(self._peers._host.introduction(self._peer))))
         self._peers._host.connected(self._peer)
 
-    def _on_payload(self, payload: bytes) -> None:
+    def _on_payload(self, connection: Connection, payload: bytes) -> None:
         """The other side only ever speaks here to refuse us."""
+        self._failures = len(REDIAL_S)
+        connection.close()
         try:
             reply = wire.decode(payload)
         except DdbError:
             return
-        self._failures = len(REDIAL_S)
-        self._peers._host.refused(self._peer, str(reply.get("error")), str(reply.get("message")))
+        refusal = (str(reply.get("error")), str(reply.get("message")))
+        if refusal != self._refusal:
+            self._refusal = refusal
+            self._peers._host.refused(self._peer, *refusal)
 
     def _on_close(self, connection: Connection) -> None:
         if connection is not self.connection:
