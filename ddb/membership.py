@@ -40,8 +40,10 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """After how many seconds of silence a member counts as dead, a dead voter may be replaced, a dead learner is dropped."""
+    """After how many seconds of silence a voter may be dying, so that nobody is promoted meanwhile; a member counts as
+    dead; a dead voter may be replaced; a dead learner is dropped."""
 
+    unsure_after_s: float = 0.5
     dead_after_s: float = 2.0
     replace_after_s: float = 30.0
     drop_learner_after_s: float = 30.0
@@ -74,6 +76,12 @@ def survives(config: Configuration, leader: str, standings: Mapping[str, Standin
 
 def _alive(standing: Standing | None, patience: Patience) -> bool:
     return standing is not None and standing.silent_s < patience.dead_after_s
+
+
+def _speaks(standing: Standing | None, patience: Patience) -> bool:
+    """Whether there is no reason to think that it is dying. A newcomer that comes in a dead voter's place may well stand
+    ready before the voter counts as dead; promoted beside it, it would never take its place."""
+    return standing is not None and standing.silent_s < patience.unsure_after_s
 
 
 def _correct_address(config: Configuration, sightings: Mapping[str, Sighting]) -> Configuration | None:
@@ -114,12 +122,12 @@ def _swap_or_promote(
     if not ready:
         return None
     newcomer = min(ready, key=lambda m: (m.name, m.id))
-    dead = [v for v in config.voters if v != leader and not _alive(standings.get(v), patience)]
-    if not dead:
+    silent = [v for v in config.voters if v != leader and not _speaks(standings.get(v), patience)]
+    if not silent:
         return config.with_member(replace(newcomer, voter=True))
     # Giving up the dead first and promoting then leaves as many failures to spare as the other order would, and
     # keeps at most one of two members with the same name. While the dead may yet return, the newcomer waits.
-    for voter in dead:
+    for voter in silent:
         standing = standings.get(voter)
         if standing is not None and standing.silent_s >= patience.replace_after_s:
             changed = config.without(voter)
