@@ -422,11 +422,16 @@ class Net:
             assert self.run(within, lambda: self.leader is not None and self.leading.has_committed_in_term), self.running
             return self.leading
         raft = self[id]
-        raft._stand(self.now, transfer=True)  # what TimeoutNow does
-        self.look_after(id)
+        self.provoke(id)
         self.settle()
         assert raft.role is Role.LEADER, f"{id} was not elected"
         return raft
+
+    def provoke(self, id: str, transfer: bool = True) -> None:
+        """Make `id` a candidate at once, without asking anybody, if it may be one. Nothing is delivered."""
+        if self[id]._is_eligible:
+            self[id]._stand(self.now, transfer)
+            self.look_after(id)
 
     def put(self, value: object = "v", count: int = 1, id: str | None = None) -> Batch:
         """Propose a batch of `count` writes at the leader (or at `id`). Nothing is delivered."""

@@ -16,12 +16,13 @@ import random
 
 import pytest
 
+from ddb.config import Timing
 from ddb.errors import BadRequest, NoLeader, Overloaded
 from ddb.messages import Member, Role, SnapshotRequest
 from tests.raft_net import Net, Peer
 
-SEEDS = [int(os.environ["DDB_SEED"])] if "DDB_SEED" in os.environ else range(int(os.environ.get("DDB_SEEDS", "240")))
-STEPS = 700
+SEEDS = [int(os.environ["DDB_SEED"])] if "DDB_SEED" in os.environ else range(int(os.environ.get("DDB_SEEDS", "300")))
+STEPS = 1200
 PEACE_S = 20.0
 
 
@@ -31,7 +32,10 @@ class Chaos:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         size = self.rng.choice([1, 3, 3, 3, 5])
-        self.net = Net(size, election=self.rng.choice(["bully", "raft"]), seed=seed)
+        # Half of the clusters are so impatient that terms come and go while messages are still on their way.
+        timeout_s = self.rng.choice([Timing().election_timeout_s, 0.15])
+        timing = Timing(election_timeout_s=timeout_s, heartbeat_s=timeout_s / 5)
+        self.net = Net(size, election=self.rng.choice(["bully", "raft"]), seed=seed, timing=timing)
         self.joined = size
         self.tickets = 0
         self.forgetful = self.rng.random() < 0.5
@@ -42,6 +46,8 @@ class Chaos:
             (0.6, self.crash), (1.6, self.restart), (0.3, self.partition), (0.8, self.heal),
             (0.3, self.break_connection), (0.4, self.transfer), (1.0, self.checkpoint), (0.15, self.stall),
         ]  # fmt: skip
+        if self.rng.random() < 0.5:
+            acts += [(1.5, self.provoke)]
         if self.changing:
             acts += [(1.0, self.change)]
         if size > 1:
@@ -186,6 +192,12 @@ class Chaos:
         if to != leader.id and to in leader.config.voters:
             leader.transfer(to, self.net.now)
             self.net.look_after(leader.id)
+
+    def provoke(self) -> None:
+        """Somebody stands out of turn: safety must not hang on who asks when, nor on anybody having asked first."""
+        peer = self.somebody()
+        if peer and peer.up.role is Role.FOLLOWER:
+            self.net.provoke(peer.id, transfer=self.rng.random() < 0.5)
 
     def checkpoint(self) -> None:
         if peer := self.somebody():
