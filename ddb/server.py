@@ -34,7 +34,7 @@ from typing import Any, Final, Protocol
 
 from ddb import http
 from ddb.errors import BadFrame, DdbError, Internal, InvariantError, Overloaded, StartupError
-from ddb.loop import PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, log_exception
+from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, Piece, log_exception
 from ddb.timers import Timer
 from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address, splice
 
@@ -88,18 +88,26 @@ class Slot:
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
-        self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
         self.id: bytes | None = None  # the request's "id", encoded
-        self.out: bytes | None = None  # the reply as it goes out
+        self.out: bytes | list[Piece] | None = None  # the reply as it goes out
+        self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
 
     @property
     def done(self) -> bool:
         """Whether it has its reply."""
         return self.out is not None
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a reply of any size may be given now. A read can wait until the client has taken others."""
+        return self.connection.output_bytes <= self.connection.server.limits.output_bytes_max
+
     def reply(self, body: bytes) -> None:
         """Answer with the encoded JSON object `body`."""
         if self.out is None:
+            if len(body) > LARGE_BYTES:
+                self._reply_in_pieces(body)
+                return
             if self.id is not None:
                 body = splice(body, b'"id":%b' % self.id)
             out = self.out = b"%d\n%b\n" % (len(body), body)
@@ -108,6 +116,19 @@ class Slot:
     def fail(self, error: DdbError) -> None:
         """Answer with `error`."""
         self.reply(failure(error))
+
+    def _reply_in_pieces(self, body: bytes) -> None:
+        """The same without a copy of `body`, which would cost more than all else; none at all where nobody waits."""
+        self.out = []
+        if self.connection.sock is not None:
+            inner: list[Piece] = [body]
+            if self.id is not None:
+                inner = [memoryview(body)[:-1], b',"id":%b}' % self.id]
+            self.out = [self._head(sum(map(len, inner))), *inner, b"\n"]
+            self.connection.slot_done(sum(map(len, self.out)))
+
+    def _head(self, body_bytes: int) -> bytes:
+        return b"%d\n" % body_bytes
 
 
 class LineSlot(Slot):
@@ -118,10 +139,16 @@ class LineSlot(Slot):
     def reply(self, body: bytes) -> None:
         """See Slot."""
         if self.out is None:
+            if len(body) > LARGE_BYTES:
+                self._reply_in_pieces(body)
+                return
             if self.id is not None:
                 body = splice(body, b'"id":%b' % self.id)
             self.out = body + b"\n"
             self.connection.slot_done(len(self.out))
+
+    def _head(self, body_bytes: int) -> bytes:
+        return b""
 
 
 class HttpSlot(Slot):
@@ -168,7 +195,9 @@ class HttpSlot(Slot):
 
     def respond(self, response: http.Response) -> None:
         """Answer with `response` as it stands."""
-        if self.out is None:
+        if self.out is None and self.connection.sock is None:
+            self.out = b""
+        elif self.out is None:
             self._finish(http.render(response, self.message, self.connection.server.date()))
 
     def _finish(self, out: bytes) -> None:
@@ -354,7 +383,10 @@ class ClientConnection(Connection):
             if out is None:
                 return
             slots.popleft()
-            self._out.append(out)
+            if isinstance(out, bytes):
+                self._out.append(out)
+            else:
+                self._out += out
 
     # -- the bounds, and the end
 

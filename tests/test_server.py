@@ -211,6 +211,17 @@ def test_a_large_reply_reaches_a_slow_reader_whole() -> None:
         assert large == b'{"ok":true,"value":"%b"}' % (b"x" * 30_000_000) and small == b'{"ok":true,"value":1}'
 
 
+@pytest.mark.parametrize("size", [65_000, 65_514, 65_515, 65_536, 200_000])
+def test_a_large_reply_is_framed_and_has_its_id_like_a_small_one(size: int) -> None:
+    large = {"op": "large", "size": size, "id": [1]}
+    expected = {"ok": True, "value": "x" * size, "id": [1]}
+    with running() as server, server.connect() as client:
+        client.sendall(frames({**ECHO, "id": 0}, large, ECHO, large))
+        assert read_frames(client, 4)[1::2] == [expected, expected]
+        first, second, third = talk(server, wire.encode(large) + b"\n" + wire.encode(ECHO) + b"\n{}\n").splitlines()
+        assert wire.decode(first) == expected and second == b'{"ok":true,"value":1}' and b"bad_request" in third
+
+
 # --- bounds
 
 
