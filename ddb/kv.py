@@ -30,7 +30,7 @@ from zlib import crc32
 
 from ddb.codec import decode_batch
 from ddb.commands import READS, WRITES, prefix_end, prepare, prepare_read
-from ddb.errors import BadRequest, TooLarge, invariant
+from ddb.errors import BadRequest, Overloaded, TooLarge, invariant
 from ddb.messages import Batch, Command
 from ddb.wire import DIGITS_MAX, decode_trusted, encode, encode_string, failure
 
@@ -60,6 +60,8 @@ Change = tuple[int, str, Row | None, Row | None]
 DIGEST_MASK: Final = 2**64 - 1
 REPLY_BYTES_MAX: Final = 16 << 20  # of one txn's results
 SCAN_BYTES_MAX: Final = 4 << 20  # of one scan's items
+BATCH_REPLY_BYTES_MAX: Final = 32 << 20  # of all the larger replies to one batch; every node makes them all at once
+SMALL_REPLY_BYTES: Final = 4 << 10  # such replies are always given
 INTEGER_MAX: Final = 10**DIGITS_MAX - 1
 
 
@@ -110,13 +112,14 @@ class Machine:
     with its changes in order; it makes room for watches, and costs nothing while it is None.
     """
 
-    __slots__ = ("_changes", "_does", "applied", "on_changes", "table")
+    __slots__ = ("_changes", "_does", "_room", "applied", "on_changes", "table")
 
     def __init__(self, table: Table, applied: int = 0) -> None:
         self.table = table
         self.applied = applied
         self.on_changes: Callable[[list[Change]], None] | None = None
         self._changes: list[Change] = []
+        self._room = 0  # bytes that the replies to this batch may still take
         self._does: dict[str, Callable[[int, Command], bytes]] = {
             "put": self._put,
             "delete": self._delete,
@@ -145,6 +148,7 @@ class Machine:
         invariant(commands is not None and len(commands) == batch.last - rev + 1, "a batch has its entries")
         table, changes = self.table, self._changes
         row_of, put, watched = table.row, table.put, self.on_changes is not None
+        self._room = BATCH_REPLY_BYTES_MAX
         added = 0  # to the digest, by the plain puts below
         replies: list[bytes] = []
         for command in commands or ():
@@ -183,8 +187,13 @@ class Machine:
             raise AssertionError
         mark = len(self._changes)
         try:
-            return do(rev, command)
-        except (BadRequest, TooLarge) as error:
+            reply = do(rev, command)
+            if len(reply) > SMALL_REPLY_BYTES:
+                self._room -= len(reply)
+                if self._room < 0:
+                    raise Overloaded("Too many long replies are due at once, so nothing was done; try again later.")
+            return reply
+        except (BadRequest, TooLarge, Overloaded) as error:
             self._take_back(mark)
             return failure(error)
 

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 EXPIRE_EVERY_S = 0.05
 DIGESTS_KEPT = 4096
+READS_BYTES_UNCHECKED = 1 << 20  # replies this small in sum are given without a look at who has room for them
 
 
 class Waiter(Protocol):
@@ -65,6 +66,14 @@ class Waiter(Protocol):
 
     def fail(self, error: DdbError) -> None:
         """Hand over a failure instead."""
+
+
+class Reader(Waiter, Protocol):
+    """Somebody who waits for what a read finds."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a reply of any size may be given now."""
 
 
 class Journal(Protocol):
@@ -85,7 +94,7 @@ class Snapshots(Protocol):
 
 
 Write = tuple[bytes, Command, Waiter]
-Read = tuple[Command, Waiter]
+Read = tuple[Command, Reader]
 
 
 @dataclass(slots=True)
@@ -171,6 +180,7 @@ class Replica:
         self._reads: list[Read] = []
         self._reads_asked: dict[int, tuple[float, list[Read]]] = {}  # by ticket: when, and which
         self._reads_applying: deque[tuple[int, list[Read]]] = deque()
+        self._reads_deferred: list[Read] = []  # could be answered, but the reader has much to take already
         self._changes: list[tuple[int, int, Waiter]] = []  # (index, term) of configurations somebody waits for
         self._tickets = 0
         self._reachable: set[str] = set()
@@ -199,7 +209,7 @@ class Replica:
             return
         self._writes.append((entry, command, waiter))
 
-    def read(self, command: Command, waiter: Waiter) -> None:
+    def read(self, command: Command, waiter: Reader) -> None:
         """Answer `command` from a state that has all writes acknowledged before now."""
         if len(self._reads) >= self.bounds.reads_waiting_max:
             waiter.fail(Overloaded("Too many reads are waiting on this node; try again in a moment."))
@@ -222,7 +232,7 @@ class Replica:
         """Whether nobody waits for anything."""
         return not (
             self._writes or self._proposed or self._forwarded or self._reads or self._reads_asked
-            or self._reads_applying or self._changes
+            or self._reads_applying or self._reads_deferred or self._changes
         )  # fmt: skip
 
     # --- what happens to a member -------------------------------------------------------------------------------
@@ -299,7 +309,7 @@ class Replica:
         for ticket, index in ready.reads:
             if asked := self._reads_asked.pop(ticket, None):
                 self._reads_applying.append((index, asked[1]))
-        if self._reads_applying:
+        if self._reads_applying or self._reads_deferred:
             self._answer_reads()
         if self.snapshots is not None:
             self.snapshots.work(ready, now)
@@ -446,25 +456,42 @@ class Replica:
     def _answer_reads(self) -> None:
         applying = self._reads_applying
         field = b"" if self.is_leader else self._leader_field
+        answered = self._answer_deferred(field) if self._reads_deferred else 0
         for _ in range(len(applying)):
             index, reads = applying.popleft()
             if index > self.machine.applied:
                 applying.append((index, reads))
                 continue
-            for command, waiter in reads:
-                self._answer_read(command, waiter, field)
+            for read in reads:
+                if answered > READS_BYTES_UNCHECKED and not read[1].has_room:
+                    self._reads_deferred.append(read)
+                else:
+                    answered += self._answer_read(*read, field)
 
-    def _answer_read(self, command: Command, waiter: Waiter, field: bytes) -> None:
+    def _answer_deferred(self, field: bytes) -> int:
+        """Answer the reads that were deferred, where there is room now; a later state serves them as well. Returns
+        how many bytes that took."""
+        deferred, self._reads_deferred = self._reads_deferred, []
+        answered = 0
+        for read in deferred:
+            if read[1].has_room:
+                answered += self._answer_read(*read, field)
+            elif not read[1].done:
+                self._reads_deferred.append(read)
+        return answered
+
+    def _answer_read(self, command: Command, waiter: Waiter, field: bytes) -> int:
+        """Answer one read from the state as it is, and return how many bytes that took."""
         if self.diverged:
             waiter.fail(NoLeader("This node's data is being replaced by the leader's; ask another node."))
-            return
+            return 0
         try:
             body = kv.answer(self.machine.table, command, self.machine.applied)
         except CorruptStore as error:
             self.distrust(error.message)
-            self._answer_read(command, waiter, field)
-            return
+            return self._answer_read(command, waiter, field)
         waiter.reply(wire.splice(body, field) if field else body)
+        return len(body)
 
     # --- digests, and time running out --------------------------------------------------------------------------
 
@@ -504,6 +531,11 @@ class Replica:
         self._reads = [read for read in self._reads if not self._read_expired(read, now)]
         for _, reads in self._reads_applying:
             reads[:] = [read for read in reads if not self._read_expired(read, now)]
+        for _, waiter in self._reads_deferred:
+            if waiter.deadline <= now:
+                waiter.fail(
+                    Overloaded("The replies before this one were not taken in time; read them, then ask again.")
+                )
 
     def _expire_queue(self, now: float) -> None:
         """Writes that were never proposed were surely not done."""

@@ -34,7 +34,7 @@ from typing import Any, Final, Protocol
 
 from ddb import http
 from ddb.errors import BadFrame, DdbError, Internal, InvariantError, Overloaded, StartupError
-from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, Piece, log_exception
+from ddb.loop import PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, log_exception
 from ddb.timers import Timer
 from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address, splice
 
@@ -49,6 +49,8 @@ BACKLOG: Final = 1024
 SWEEP_S: Final = 10.0
 DRAIN_POLL_S: Final = 0.005
 DESCRIPTORS_KEPT: Final = 128  # for the log, the snapshot, and the connections that we dial
+LARGE_REPLY_BYTES: Final = 64 << 10
+LARGE_REPLIES_BYTES_MAX: Final = 64 << 20  # of all connections together, before they are sent in the middle of a turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +90,9 @@ class Slot:
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
-        self.id: bytes | None = None  # the request's "id", encoded
-        self.out: bytes | list[Piece] | None = None  # the reply as it goes out
         self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
+        self.id: bytes | None = None  # the request's "id", encoded
+        self.out: bytes | None = None  # the reply as it goes out
 
     @property
     def done(self) -> bool:
@@ -105,9 +107,6 @@ class Slot:
     def reply(self, body: bytes) -> None:
         """Answer with the encoded JSON object `body`."""
         if self.out is None:
-            if len(body) > LARGE_BYTES:
-                self._reply_in_pieces(body)
-                return
             if self.id is not None:
                 body = splice(body, b'"id":%b' % self.id)
             out = self.out = b"%d\n%b\n" % (len(body), body)
@@ -116,19 +115,6 @@ class Slot:
     def fail(self, error: DdbError) -> None:
         """Answer with `error`."""
         self.reply(failure(error))
-
-    def _reply_in_pieces(self, body: bytes) -> None:
-        """The same without a copy of `body`, which would cost more than all else; none at all where nobody waits."""
-        self.out = []
-        if self.connection.sock is not None:
-            inner: list[Piece] = [body]
-            if self.id is not None:
-                inner = [memoryview(body)[:-1], b',"id":%b}' % self.id]
-            self.out = [self._head(sum(map(len, inner))), *inner, b"\n"]
-            self.connection.slot_done(sum(map(len, self.out)))
-
-    def _head(self, body_bytes: int) -> bytes:
-        return b"%d\n" % body_bytes
 
 
 class LineSlot(Slot):
@@ -139,16 +125,10 @@ class LineSlot(Slot):
     def reply(self, body: bytes) -> None:
         """See Slot."""
         if self.out is None:
-            if len(body) > LARGE_BYTES:
-                self._reply_in_pieces(body)
-                return
             if self.id is not None:
                 body = splice(body, b'"id":%b' % self.id)
             self.out = body + b"\n"
             self.connection.slot_done(len(self.out))
-
-    def _head(self, body_bytes: int) -> bytes:
-        return b""
 
 
 class HttpSlot(Slot):
@@ -195,9 +175,7 @@ class HttpSlot(Slot):
 
     def respond(self, response: http.Response) -> None:
         """Answer with `response` as it stands."""
-        if self.out is None and self.connection.sock is None:
-            self.out = b""
-        elif self.out is None:
+        if self.out is None:
             self._finish(http.render(response, self.message, self.connection.server.date()))
 
     def _finish(self, out: bytes) -> None:
@@ -329,11 +307,17 @@ class ClientConnection(Connection):
                 self._on_payload(payload)
 
     def _resume(self) -> None:
-        """There is room again: handle what waits, then read on."""
+        """There is room again: handle what waits, then read on. Posted, but what fails is this connection's own."""
         if self._has_room() and self._paused and not self._finishing and self.sock is not None:
             self._paused = False
             unread, self._unread = self._unread, []
-            self._handle(unread)
+            try:
+                self._handle(unread)
+            except (InvariantError, Fatal):
+                raise
+            except Exception:
+                log_exception("%s is ended after a failure in its handler", self)
+                self.on_broken()
             self._refuse_when_read()
             self.watch()
 
@@ -357,6 +341,8 @@ class ClientConnection(Connection):
             self._detour = True
             if self.output_bytes > self.server.limits.output_bytes_hard_max:
                 self.end("does not read its replies")
+        if out_bytes > LARGE_REPLY_BYTES:
+            self.server.large_reply(out_bytes)
 
     def send(self, data: bytes) -> None:
         """See Connection. Finished replies go first."""
@@ -365,11 +351,13 @@ class ClientConnection(Connection):
 
     def flush(self) -> None:
         """See Connection."""
-        self.still = 0
         self._collect()
         if self._finishing and not self.slots:
             self._closing = True
+        waiting = self.output_bytes
         super().flush()
+        if self.output_bytes < waiting or not waiting:
+            self.still = 0
         if self._paused and not self._finishing and self._has_room():
             self.loop.post(self._resume)
         if self._blocked or self._held:
@@ -383,10 +371,7 @@ class ClientConnection(Connection):
             if out is None:
                 return
             slots.popleft()
-            if isinstance(out, bytes):
-                self._out.append(out)
-            else:
-                self._out += out
+            self._out.append(out)
 
     # -- the bounds, and the end
 
@@ -398,8 +383,14 @@ class ClientConnection(Connection):
         held = (0 if self.cutter is None else len(self.cutter)) + (self.output_bytes if self._blocked else 0)
         server.held_bytes += held - self._held
         self._held = held
-        if server.held_bytes > server.limits.held_bytes_max and held > RECV_BYTES and not self._finishing:
+        overflowing = server.held_bytes > server.limits.held_bytes_max
+        if overflowing and not server.end_the_deaf() and held > RECV_BYTES and not self._finishing:
             self._refuse(Overloaded("Too much unfinished input waits here; send it again later."))
+
+    @property
+    def unread_bytes(self) -> int:
+        """How much the client leaves unread: what the kernel does not take."""
+        return self.output_bytes if self._blocked and self._on_payload is None else 0
 
     @property
     def silence(self) -> int:
@@ -411,7 +402,7 @@ class ClientConnection(Connection):
         self.still += 1
         if self.still <= patience:
             return
-        if self._closing:
+        if self._closing or self.unread_bytes:
             self.end("does not read its replies")
         elif self.cutter is not None and len(self.cutter) and not self._paused and self._on_payload is None:
             self._refuse(BadFrame("The rest of the message did not come in time."))
@@ -442,6 +433,9 @@ class ClientConnection(Connection):
         if not self.reason:
             self.server.forget(self, self._held)
             self._held = 0
+            self._detour = True
+            for slot in self.slots:
+                slot.out = slot.out or b""  # nobody is there to answer, so let nobody prepare an answer
             self.slots.clear()
             self._unread = []
         super().end(reason)
@@ -467,6 +461,7 @@ class Server:
         self.connections: set[ClientConnection] = set()
         self._connections_max = _connections_max(self.limits.connections_max)
         self.held_bytes = 0
+        self._large_bytes = 0  # of large replies since they were last sent in the middle of a turn
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._date = (0, "")
         self._listening = False
@@ -563,6 +558,22 @@ class Server:
         """`connection` is over; it held `held_bytes`."""
         self.connections.discard(connection)
         self.held_bytes -= held_bytes
+
+    def large_reply(self, out_bytes: int) -> None:
+        """A reply of `out_bytes` waits for the turn's end. When all of them are many bytes, send them now: it shows
+        who reads them and who doesn't."""
+        self._large_bytes += out_bytes
+        if self._large_bytes > LARGE_REPLIES_BYTES_MAX:
+            self._large_bytes = 0
+            self.loop.flush()
+
+    def end_the_deaf(self) -> bool:
+        """Too much is held here: end the connection that leaves most of its replies unread. Whether there was one."""
+        deaf = max(self.connections, key=lambda connection: connection.unread_bytes, default=None)
+        if deaf is None or deaf.unread_bytes <= RECV_BYTES:
+            return False
+        deaf.end("does not read its replies")
+        return True
 
     def _sweep(self) -> None:
         self._crowded = False
