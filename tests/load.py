@@ -14,6 +14,7 @@ The writers speak frames by themselves, like the harness: a broken client can't 
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import threading
 import time
@@ -246,3 +247,23 @@ class Register:
                     self.stale.append(f"{node.name} answered {found} after {floor} was acknowledged")
             time.sleep(PAUSE_S)
         talker.close()
+
+
+def flood(node: NodeServer, count: int, prefix: str = "flood/") -> dict[str, int]:
+    """Put `count` keys through one connection to `node`, all requests at once; returns the revisions by key."""
+    keys = [f"{prefix}{n:06d}" for n in range(count)]
+    requests = b"".join(
+        b"%d\n%b\n" % (len(payload), payload)
+        for payload in (b'{"op":"put","key":"%b","value":"%b","timeout":20}' % (key.encode(), b"v" * 64) for key in keys)
+    )
+    with socket.create_connection((node.host, node.port), timeout=20.0) as connection:
+        sender = threading.Thread(target=connection.sendall, args=(requests,), daemon=True)
+        sender.start()
+        replies = connection.makefile("rb")
+        revs = {}
+        for key in keys:
+            reply = json.loads(replies.read(int(replies.readline()) + 1))
+            assert reply["ok"] is True, reply
+            revs[key] = reply["rev"]
+        sender.join()
+    return revs
