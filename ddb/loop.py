@@ -47,6 +47,12 @@ RECV_BULK_BYTES: Final = 1 << 18
 SEND_BYTES: Final = 1 << 20
 """Output is joined to pieces of about this size before it is sent."""
 
+LARGE_BYTES: Final = 1 << 16
+"""A piece of output longer than this is not joined with others: copying it would cost more than another send."""
+
+Piece = bytes | memoryview
+"""A piece of output."""
+
 PEER_TIMEOUT_S: Final = 10.0
 """After this long without an acknowledgement the kernel ends a connection between nodes (tcp(7), TCP_USER_TIMEOUT)."""
 
@@ -286,7 +292,7 @@ class Connection:
         self.reason = ""
         self.ended = False  # the other side will send no more
         self._on_payload: Callable[[bytes], None] | None = None
-        self._out: list[bytes] = []
+        self._out: list[Piece] = []
         self._tail: memoryview | None = None  # what the kernel did not take yet
         self._blocked = sock is None  # the kernel takes no more now
         self._closing = False
@@ -352,7 +358,7 @@ class Connection:
         if self._blocked or self.sock is None:
             return
         while self._out or self._tail is not None:
-            data: bytes | memoryview = self._next_piece() if self._tail is None else self._tail
+            data = self._next_piece() if self._tail is None else self._tail
             try:
                 sent = self.sock.send(data)
             except BlockingIOError:
@@ -370,19 +376,19 @@ class Connection:
         if self._closing:
             self._end_politely()
 
-    def _next_piece(self) -> bytes:
+    def _next_piece(self) -> Piece:
         """Take from the output what one call of send should carry."""
         out = self._out
-        if self.output_bytes <= SEND_BYTES or len(out) == 1:
-            data = out[0] if len(out) == 1 else b"".join(out)
+        if len(out) > 1 and self.output_bytes <= LARGE_BYTES:
+            joined = b"".join(out)
             out.clear()
-            return data
+            return joined
         size = count = 0
-        while count < len(out) and (size < SEND_BYTES or not count):
+        while count < len(out) and len(out[count]) <= LARGE_BYTES and size < SEND_BYTES:
             size += len(out[count])
             count += 1
-        data = b"".join(out[:count])
-        del out[:count]
+        data: Piece = b"".join(out[:count]) if count > 1 else out[0]
+        del out[: max(1, count)]
         return data
 
     # -- input

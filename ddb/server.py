@@ -34,7 +34,7 @@ from typing import Any, Final, Protocol
 
 from ddb import http
 from ddb.errors import BadFrame, DdbError, Internal, InvariantError, Overloaded, StartupError
-from ddb.loop import PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, log_exception
+from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, Piece, log_exception
 from ddb.timers import Timer
 from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address, splice
 
@@ -49,7 +49,6 @@ BACKLOG: Final = 1024
 SWEEP_S: Final = 10.0
 DRAIN_POLL_S: Final = 0.005
 DESCRIPTORS_KEPT: Final = 128  # for the log, the snapshot, and the connections that we dial
-LARGE_REPLY_BYTES: Final = 64 << 10
 LARGE_REPLIES_BYTES_MAX: Final = 64 << 20  # of all connections together, before they are sent in the middle of a turn
 
 
@@ -90,9 +89,9 @@ class Slot:
 
     def __init__(self, connection: ClientConnection) -> None:
         self.connection = connection
-        self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
         self.id: bytes | None = None  # the request's "id", encoded
-        self.out: bytes | None = None  # the reply as it goes out
+        self.out: bytes | list[Piece] | None = None  # the reply as it goes out
+        self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
 
     @property
     def done(self) -> bool:
@@ -107,6 +106,9 @@ class Slot:
     def reply(self, body: bytes) -> None:
         """Answer with the encoded JSON object `body`."""
         if self.out is None:
+            if len(body) > LARGE_BYTES:
+                self._reply_in_pieces(body)
+                return
             if self.id is not None:
                 body = splice(body, b'"id":%b' % self.id)
             out = self.out = b"%d\n%b\n" % (len(body), body)
@@ -115,6 +117,19 @@ class Slot:
     def fail(self, error: DdbError) -> None:
         """Answer with `error`."""
         self.reply(failure(error))
+
+    def _reply_in_pieces(self, body: bytes) -> None:
+        """The same without a copy of `body`, which would cost more than all else; none at all where nobody waits."""
+        self.out = []
+        if self.connection.sock is not None:
+            inner: list[Piece] = [body]
+            if self.id is not None:
+                inner = [memoryview(body)[:-1], b',"id":%b}' % self.id]
+            self.out = [self._head(sum(map(len, inner))), *inner, b"\n"]
+            self.connection.slot_done(sum(map(len, self.out)))
+
+    def _head(self, body_bytes: int) -> bytes:
+        return b"%d\n" % body_bytes
 
 
 class LineSlot(Slot):
@@ -125,10 +140,16 @@ class LineSlot(Slot):
     def reply(self, body: bytes) -> None:
         """See Slot."""
         if self.out is None:
+            if len(body) > LARGE_BYTES:
+                self._reply_in_pieces(body)
+                return
             if self.id is not None:
                 body = splice(body, b'"id":%b' % self.id)
             self.out = body + b"\n"
             self.connection.slot_done(len(self.out))
+
+    def _head(self, body_bytes: int) -> bytes:
+        return b""
 
 
 class HttpSlot(Slot):
@@ -175,7 +196,9 @@ class HttpSlot(Slot):
 
     def respond(self, response: http.Response) -> None:
         """Answer with `response` as it stands."""
-        if self.out is None:
+        if self.out is None and self.connection.sock is None:
+            self.out = b""
+        elif self.out is None:
             self._finish(http.render(response, self.message, self.connection.server.date()))
 
     def _finish(self, out: bytes) -> None:
@@ -341,7 +364,7 @@ class ClientConnection(Connection):
             self._detour = True
             if self.output_bytes > self.server.limits.output_bytes_hard_max:
                 self.end("does not read its replies")
-        if out_bytes > LARGE_REPLY_BYTES:
+        if out_bytes > LARGE_BYTES:
             self.server.large_reply(out_bytes)
 
     def send(self, data: bytes) -> None:
@@ -371,7 +394,10 @@ class ClientConnection(Connection):
             if out is None:
                 return
             slots.popleft()
-            self._out.append(out)
+            if isinstance(out, bytes):
+                self._out.append(out)
+            else:
+                self._out += out
 
     # -- the bounds, and the end
 
