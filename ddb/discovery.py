@@ -19,6 +19,7 @@ from ddb.membership import Sighting
 log = logging.getLogger(__name__)
 
 KNOCK_S: Final = 0.2
+ANSWER_S: Final = 2.0  # a registry that is silent for longer is dialled anew
 
 
 class Discovery:
@@ -61,6 +62,12 @@ class Discovery:
     def register(self) -> None:
         """Say again where this node is; to be called, too, when that has changed."""
         self.ask({"op": "register", **self._introduce()}, self._registered)
+        if self._open:
+            self._again(ANSWER_S, self._give_up)
+
+    def _give_up(self) -> None:
+        if self._connection is not None:
+            self._connection.end(f"no answer within {ANSWER_S:g} s")
 
     def refresh(self) -> None:
         """Look again who is there, unless an answer is awaited anyway."""
