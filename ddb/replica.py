@@ -175,6 +175,7 @@ class Replica:
         self._wall_ms = wall_ms
         self._saving: deque[_Saving] = deque()
         self._writes: deque[Write] = deque()
+        self._writes_bytes = 0  # of the entries in that queue
         self._proposed: deque[tuple[int, int, list[Write]]] = deque()  # (first, term, its writes), in log order
         self._forwarded: dict[int, tuple[str, list[Write]]] = {}  # by ticket: to whom, and what
         self._reads: list[Read] = []
@@ -204,10 +205,11 @@ class Replica:
 
     def write(self, entry: bytes, command: Command, waiter: Waiter) -> None:
         """Have `entry` (which encodes `command`) committed, and `waiter` told the outcome."""
-        if len(self._writes) >= self.bounds.writes_waiting_max:
+        if self._is_full:
             waiter.fail(Overloaded("Too many writes are waiting on this node; try again in a moment."))
             return
         self._writes.append((entry, command, waiter))
+        self._writes_bytes += len(entry)
 
     def read(self, command: Command, waiter: Reader) -> None:
         """Answer `command` from a state that has all writes acknowledged before now."""
@@ -352,6 +354,16 @@ class Replica:
             self._forwarded[self._tickets] = (leader, writes)
             self.send(Forward(self.raft.id, leader, self._tickets, tuple([write[0] for write in writes])))
 
+    @property
+    def _is_full(self) -> bool:
+        bounds = self.bounds
+        return len(self._writes) >= bounds.writes_waiting_max or self._writes_bytes >= bounds.writes_waiting_bytes_max
+
+    def _queue_again(self, writes: list[Write]) -> None:
+        """Put `writes`, which were not done, back where they were taken from."""
+        self._writes.extendleft(reversed(writes))
+        self._writes_bytes += sum(len(write[0]) for write in writes)
+
     def _take_writes(self) -> list[Write]:
         """The next writes of the queue that fit in one batch; at least one."""
         queue, bounds = self._writes, self.bounds
@@ -362,14 +374,11 @@ class Replica:
             if taken and size > bounds.append_bytes_max:
                 break
             taken.append(queue.popleft())
+            self._writes_bytes -= len(taken[-1][0])
         return taken
 
     def _on_forward(self, m: Forward, now: float) -> None:
-        if (
-            not self.is_leader
-            or self.raft.transfer_to is not None
-            or len(self._writes) >= self.bounds.writes_waiting_max
-        ):
+        if not self.is_leader or self.raft.transfer_to is not None or self._is_full:
             self.send(ForwardReply(m.dst, m.src, m.ticket, ()))
             return
         group = _ForwardedGroup(self, m)
@@ -379,6 +388,7 @@ class Replica:
             part = _ForwardedPart(group, position, deadline)
             if well_formed(entry, command):
                 self._writes.append((entry, command, part))
+                self._writes_bytes += len(entry)
             else:
                 log.error("%r: %s forwards a write that can't be applied: %.200r", self, m.src, entry)
                 part.fail(BadRequest("The leader does not know this kind of write; is it of another version?"))
@@ -386,7 +396,7 @@ class Replica:
     def _on_forward_reply(self, m: ForwardReply) -> None:
         _, writes = self._forwarded.pop(m.ticket, ("", []))
         if writes and not m.replies:
-            self._writes.extendleft(reversed(writes))  # refused: nothing was done, so try the leader of the moment
+            self._queue_again(writes)  # refused: nothing was done, so try the leader of the moment
             if self.raft.leader == m.src:
                 self.raft.leader = None  # until it, or its successor, speaks again
             return
@@ -434,7 +444,7 @@ class Replica:
                 for write, body in zip(writes, replies, strict=True):
                     write[2].reply(body)
             else:  # another leader's entry stands there: these were never done, and never will be
-                self._writes.extendleft(reversed(writes))
+                self._queue_again(writes)
 
     def _answer_changes(self, batch: Batch) -> None:
         waiting = [change for change in self._changes if change[0] <= batch.first]
@@ -546,6 +556,7 @@ class Replica:
             if write[2].deadline > now:
                 self._writes.append(write)
             else:
+                self._writes_bytes -= len(write[0])
                 write[2].fail(self._why_not())
 
     def _expire_forwarded(self, now: float) -> None:
