@@ -46,6 +46,7 @@ KV: Final = (
 )
 META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
+SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 PAUSE_EVERY_ROWS: Final = 500
 PAUSE_S: Final = 0.0005  # long enough for a waiting loop thread to get the interpreter
 
@@ -82,7 +83,7 @@ def connect(path: Path, *, frozen: bool = False) -> sqlite3.Connection:
         f"file:{quote(str(path))}?{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30.0
     )
     try:
-        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
         connection.execute("PRAGMA cell_size_check=ON")
         connection.execute("PRAGMA trusted_schema=OFF")
     except BaseException:

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import snapshot
-from ddb.errors import invariant
+from ddb.errors import StartupError, invariant
 from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
 from ddb.messages import Configuration
@@ -251,7 +251,8 @@ class Store:
         try:
             with errors(self.path):
                 (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-                invariant(not busy, "nobody else has the file open when a snapshot is installed")
+            if busy:
+                raise StartupError(f"Another program reads the snapshot {self.path}; end it first.")
             self.close()
             snapshot.put_in_place(Path(received), self.path)
             self._load()

@@ -528,12 +528,13 @@ def test_a_scan_can_be_continued(db: Database) -> None:
     forth: list[str] = []
     reply = db("scan", limit=3)
     while reply["more"]:
+        assert len(reply["items"]) == 3
         forth += keys_of(reply)
         reply = db("scan", limit=3, start=forth[-1] + "\0")
     assert forth + keys_of(reply) == keys
     back: list[str] = []
     reply = db("scan", limit=5, reverse=True)
-    assert reply["more"]
+    assert reply["more"] and len(reply["items"]) == 5
     back += keys_of(reply)
     reply = db("scan", limit=5, reverse=True, end=back[-1])
     assert not reply["more"]

@@ -83,6 +83,7 @@ def small_step_patches() -> list[tuple[Any, str, Any]]:
         (store, "SORTED_KEYS_MAX", 8),
         (store, "SLICE_KEYS", 3),
         (snapshot, "PAUSE_S", 0),
+        (snapshot, "SYNCHRONOUS", "OFF"),  # only power failures would show the difference
         (snapshot, "PAUSE_EVERY_ROWS", 3),
         (layers, "INSERTED_MAX", 2),
         (layers, "MOVED_MAX", 4),
@@ -162,6 +163,12 @@ def test_there_is_one_checkpoint_at_a_time_and_it_does_not_go_back(path: Path) -
             target.begin_checkpoint(4, 1, None)
 
 
+def test_a_commit_is_fsynced(path: Path) -> None:
+    with Store.open(path), contextlib.closing(snapshot.connect(path)) as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_values_and_keys_of_every_size_and_kind_come_back(path: Path) -> None:
     values = [b'""', b"0", b'"%b"' % (b"x" * 5000), b'"%b"' % (b"y" * 3_000_000), '"\U0001f600\u2028"'.encode()]
     keys = ["k", "k\0", "k\0\0", "\n", "x" * 4096, "\U0001f600", "\ud7ff", "\ue000", "\uffff"]
@@ -228,10 +235,7 @@ class StoreModel(RuleBasedStateMachine):
     @initialize(cache=st.sampled_from([0, 1500, 10**6]), small_file=st.booleans())
     def start(self, cache: int, small_file: bool) -> None:
         self.stack = contextlib.ExitStack()
-        for target, name, value in small_step_patches():
-            self.stack.enter_context(mock.patch.object(target, name, value))
-        directory = Path(self.stack.enter_context(temporary_directory()))
-        self.path = directory / "store.db"
+        self.path = Path(self.stack.enter_context(small_steps_taken())) / "store.db"
         self.options = {"cache_bytes_max": cache, "verified_at_open_bytes_max": 10**6 if small_file else 0}
         self.store = Store.open(self.path, **self.options)
         self.now: dict[str, Row] = {}
@@ -325,9 +329,12 @@ class StoreModel(RuleBasedStateMachine):
 
 
 @contextlib.contextmanager
-def temporary_directory() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="ddb-test-") as name:
-        yield name
+def small_steps_taken() -> Iterator[str]:
+    """As `small_steps`, for what hypothesis repeats; with a directory of its own."""
+    with contextlib.ExitStack() as stack:
+        for target, name, value in small_step_patches():
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield stack.enter_context(tempfile.TemporaryDirectory(prefix="ddb-test-"))
 
 
 TestStoreIsADict = StoreModel.TestCase
@@ -336,10 +343,51 @@ TestStoreIsADict.settings = settings(
 )
 
 
+def change_some(target: Store, rows: dict[str, Row], chance: random.Random, rev: int) -> None:
+    """Put, change and remove some keys of the alphabet, in `target` and in `rows`."""
+    for key in chance.sample("abcdefghijklmnop", 6):
+        if key in rows and chance.random() < 0.5:
+            remove(target, key)
+            del rows[key]
+        else:
+            rows[key] = put(target, key, b"%d" % rev, rev)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_scans_and_counts_see_every_layer_in_order(path: Path, seed: int, small_steps: None) -> None:
+    chance = random.Random(seed)
+    rows: dict[str, Row] = {}
+    with Store.open(path) as target:
+
+        def check() -> None:
+            for start, end in [("", None), ("d", "m"), ("f", None), ("", "k"), ("m", "d")]:
+                inside = sorted((key, row) for key, row in rows.items() if start <= key and (end is None or key < end))
+                assert list(target.rows(start, end)) == inside
+                assert list(target.rows(start, end, reverse=True)) == inside[::-1]
+                assert target.count(start, end) == len(inside)
+
+        for rev in range(1, 30, 4):
+            change_some(target, rows, chance, rev)
+            check()
+            begun = target.begin_checkpoint(rev, 1, None)
+            change_some(target, rows, chance, rev + 1)
+            check()
+            if chance.random() < 0.4:
+                target.abandon_checkpoint(begun)
+                change_some(target, rows, chance, rev + 2)
+                check()
+                begun = target.begin_checkpoint(rev + 2, 1, None)
+                check()
+            begun.write()
+            check()
+            target.finish_checkpoint(begun)
+            check()
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(test_kv.REQUESTS, max_size=40), st.integers(1, 5))
 def test_the_machine_answers_alike_on_a_store_and_in_memory(requests: list[dict[str, Any]], size: int) -> None:
-    with temporary_directory() as directory, Store.open(Path(directory) / "store.db", cache_bytes_max=2000) as target:
+    with small_steps_taken() as directory, Store.open(Path(directory) / "store.db", cache_bytes_max=2000) as target:
         on_disk, in_memory = Machine(target), Machine(MemoryTable())
         begun: Checkpoint | None = None
         for step, some in enumerate(test_kv.cut(requests, size)):
