@@ -299,7 +299,8 @@ class ForwardReply:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A member passes on a request that only the leader can serve, other than a write: who is a member, and who leads."""
+    """A member passes on a request that only the leader can serve, other than a write: who is a member, who leads, or a
+    read where this member's disk is full."""
 
     src: str
     dst: str

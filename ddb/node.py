@@ -57,6 +57,8 @@ BOOTSTRAP_EVERY_S: Final = 0.1
 MEMBERSHIP_EVERY_S: Final = 0.1
 SIGHTINGS_EVERY_S: Final = 0.25  # how often a leader looks for newcomers in the registry
 CAUGHT_UP_ENTRIES: Final = 1000  # a learner this close to the leader's log is promoted
+IDENTITY_RETRY_S: Final = 5.0
+MOVE_LEAD_EVERY_S: Final = 2.0
 HAND_OVER_S: Final = 1.0
 DRAIN_S: Final = 2.0
 LINGER_S: Final = 0.2
@@ -116,7 +118,6 @@ class Node:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.started_at = time.monotonic()
-        self.disk_full = False
         self.patience = Patience(replace_after_s=settings.replace_after_s)
         self._closing: list[Callable[[], object]] = []
         self._sightings: dict[str, Sighting] = {}
@@ -126,6 +127,8 @@ class Node:
         self._shown_state: object = None
         self._next_membership_at = 0.0
         self._next_sightings_at = 0.0
+        self._next_move_at = 0.0
+        self._next_identity_at = 0.0
         self._leave_phase = 0
         self._leave_at = 0.0
         self._discovery: Discovery | None = None
@@ -329,14 +332,15 @@ class Node:
         if raft.config is not self._known_config:
             self._on_config(raft.config)
         self._expel(raft.config_at(raft.commit))
-        if self.data.identity.founding is not None and raft.commit >= 1:
-            self.data.change(founding=None)
+        if self.data.identity.founding is not None and raft.commit >= 1 and now >= self._next_identity_at:
+            self._settle_identity(now)
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
             self._next_membership_at = now + MEMBERSHIP_EVERY_S
             self._tend_members()
             if self._discovery is not None and now >= self._next_sightings_at:
                 self._next_sightings_at = now + SIGHTINGS_EVERY_S
                 self._discovery.refresh()
+        self._move_lead(now)
         state = (raft.role_shown, raft.term, raft.leader)
         if state != self._shown_state:
             self._shown_state = state
@@ -344,6 +348,14 @@ class Node:
             log.info("%r%s", self, f", led by {leader.name}" if leader and leader.id != self.id else "")
         if self._leave_phase:
             self._leave(now)
+
+    def _settle_identity(self, now: float) -> None:
+        """The cluster stands in the log; its founding need not be remembered. That can wait for room on the disk."""
+        try:
+            self.data.change(founding=None)
+        except StartupError as error:
+            self._next_identity_at = now + IDENTITY_RETRY_S
+            log.warning("%s", error.message)
 
     def _on_config(self, config: Configuration) -> None:
         self._known_config = config
@@ -394,10 +406,16 @@ class Node:
         )
 
     def _disk_space(self, room: bool) -> None:
-        self.disk_full = not room
-        self.replica.raft.may_stand = room
-        if not room:
-            self.replica.raft.resign()
+        self.replica.full(not room)
+        self._move_lead(time.monotonic())
+
+    def _move_lead(self, now: float) -> None:
+        """Where the disk here is full, another member should lead. Where none can, this one goes on, for the reads."""
+        if self.replica.read_only and self.replica.is_leader and now >= self._next_move_at:
+            self._next_move_at = now + MOVE_LEAD_EVERY_S
+            successor = self.service.best_successor()
+            if successor is not None and self.replica.raft.transfer_to is None:
+                self.replica.raft.transfer(successor.id, now)
 
     def _verified(self, _: Any, error: Exception | None) -> None:
         if isinstance(error, CorruptStore):

@@ -28,7 +28,7 @@ from typing import Protocol
 from ddb import codec, kv, wire
 from ddb.commands import well_formed
 from ddb.config import Bounds
-from ddb.errors import BadRequest, CorruptStore, DdbError, NoLeader, Overloaded, Timeout
+from ddb.errors import BadRequest, CorruptStore, DdbError, NoLeader, Overloaded, ReadOnly, Timeout
 from ddb.messages import (
     Append,
     Batch,
@@ -170,6 +170,7 @@ class Replica:
         self.bounds = bounds or Bounds()
         self.snapshots: Snapshots | None = None
         self.diverged = False  # the state here is known to be wrong: nothing is answered from it
+        self.read_only = False  # the disk here is full: see `full`
         self._journal = journal
         self._read_batch = read_batch
         self._wall_ms = wall_ms
@@ -281,11 +282,17 @@ class Replica:
             for message in saving.messages:
                 self.send(message)
 
+    def full(self, full: bool) -> None:
+        """The disk here has no room any more (or has some again): this member leads only while nobody else can, for the
+        reads, and then refuses what is new. What it has proposed already may yet be done."""
+        self.read_only = full
+        self.raft.may_stand = not full and not self.diverged
+
     def restored(self, machine: kv.Machine) -> None:
         """A snapshot has replaced the state. Whoever waits for an entry that it covers can't be told its outcome."""
         self.machine = machine
         self.diverged = False
-        self.raft.may_stand = True
+        self.raft.may_stand = not self.read_only
         self._digests.clear()
         while self._proposed and self._proposed[0][0] <= machine.applied:
             for _, _, waiter in self._proposed.popleft()[2]:
@@ -335,10 +342,18 @@ class Replica:
 
     def _route_writes(self, now: float) -> None:
         if self.is_leader:
+            if self.read_only and self.raft.transfer_to is None:
+                self._refuse_writes()
             while self._writes and self.raft.accepts:
                 self._propose()
         elif self.raft.leader in self._reachable:  # or it would be lost on the way, and nobody could tell
             self._forward(self.raft.leader)
+
+    def _refuse_writes(self) -> None:
+        while self._writes:
+            _, _, waiter = self._writes.popleft()
+            waiter.fail(ReadOnly("The leader's disk is full, so nothing can be written; free some space there. Reads still work."))
+        self._writes_bytes = 0
 
     def _propose(self) -> None:
         """Make one batch of what waits."""
@@ -378,7 +393,11 @@ class Replica:
         return taken
 
     def _on_forward(self, m: Forward, now: float) -> None:
-        if not self.is_leader or self.raft.transfer_to is not None or self._is_full:
+        if (
+            not self.is_leader
+            or self.raft.transfer_to is not None
+            or self._is_full
+        ):
             self.send(ForwardReply(m.dst, m.src, m.ticket, ()))
             return
         group = _ForwardedGroup(self, m)

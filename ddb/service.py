@@ -20,7 +20,6 @@ from ddb.errors import (
     Forbidden,
     NoLeader,
     NotLeader,
-    ReadOnly,
     ShuttingDown,
     Timeout,
     WrongCluster,
@@ -40,7 +39,8 @@ TIMEOUT_MAX_S: Final = 3600.0
 LOG_LIMIT: Final = 100
 LOG_LIMIT_MAX: Final = 10_000
 LOG_BYTES_MAX: Final = 4 << 20
-FOR_THE_LEADER: Final = ("members", "member_remove", "member_promote", "transfer")
+READS: Final = ("get", "scan", "count")
+FOR_THE_LEADER: Final = (*READS, "members", "member_remove", "member_promote", "transfer")
 LATER: Final = (
     "watch", "session_open", "session_close", "lease_grant", "lease_keepalive", "lease_revoke", "lease_list",
     "backup", "trace",
@@ -59,7 +59,6 @@ class Node(Protocol):
     sync: Sync
     peers: Peers
     patience: Patience
-    disk_full: bool
     started_at: float
 
     @property
@@ -85,9 +84,7 @@ class NodeService:
         self._transfers: list[tuple[str, Slot]] = []  # who led, and who waits for another to lead
         self._ops: dict[str, Callable[[Request, Slot], None]] = {
             **dict.fromkeys(WRITES, self._write),
-            "get": self._read,
-            "scan": self._read,
-            "count": self._read,
+            **dict.fromkeys(READS, self._read),
             "ping": self._ping,
             "status": self._status,
             "ready": self._ready,
@@ -125,7 +122,7 @@ class NodeService:
         for ticket, (_, slot) in list(self._calls.items()):
             if slot.deadline <= now:
                 del self._calls[ticket]
-                slot.fail(Timeout("The leader has not answered in time; the change may have been made or not."))
+                slot.fail(Timeout("The leader has not answered in time; a change may have been made or not."))
         still: list[tuple[str, Slot]] = []
         for old, slot in self._transfers:
             leader = self._leader()
@@ -151,17 +148,16 @@ class NodeService:
         entry, command = prepare(request)
         if "forward" in request:
             self._check_forward(request)
-        if node.disk_full and node.replica.is_leader:
-            raise ReadOnly(
-                "The disk of this node is full, so nothing can be written; free some space. Reads still work."
-            )
         node.replica.write(entry, command, slot)
 
     def _read(self, request: Request, slot: Slot) -> None:
         command = prepare_read(request)
         mode = request.get("read", "linearizable")
         if mode == "linearizable":
-            self._node.replica.read(command, slot)
+            if self._node.replica.read_only and self._leader() is not None and not self._node.replica.is_leader:
+                self._call(request, slot)  # what can't be saved here isn't sent here: this node falls behind
+            else:
+                self._node.replica.read(command, slot)
         elif mode == "stale":
             now = time.monotonic()
             max_lag_s = request.get("max_lag")
@@ -239,7 +235,7 @@ class NodeService:
             "version": __version__,
             "keys": table.key_count,
             "digest": f"{table.digest:016x}",
-            "read_only": node.disk_full,
+            "read_only": node.replica.read_only,
         }
         slot.reply(wire.encode(status))
 
@@ -319,6 +315,8 @@ class NodeService:
     def _peer(self, request: Request, slot: Slot) -> None:
         """Another node introduces itself (peers.py); from now on the connection is its."""
         node = self._node
+        if type(slot) is not Slot:
+            raise BadRequest("Nodes speak to one another in frames.")
         for field in ("id", "name", "address", "to"):
             if type(request.get(field)) is not str:
                 raise BadRequest(f"A node introduces itself with the string {field!r}.")
