@@ -317,6 +317,8 @@ class NodeService:
         node = self._node
         if type(slot) is not Slot:
             raise BadRequest("Nodes speak to one another in frames.")
+        if type(slot) is not Slot:
+            raise BadRequest("Nodes speak to one another in frames.")
         for field in ("id", "name", "address", "to"):
             if type(request.get(field)) is not str:
                 raise BadRequest(f"A node introduces itself with the string {field!r}.")
