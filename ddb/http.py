@@ -38,6 +38,7 @@ TEXT_TYPE: Final = "text/plain; charset=utf-8"
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _HEAD_END = re.compile(rb"\n\r?\n")
+_NO_REQUEST_LINE: Final = "The request line is not of the form METHOD TARGET HTTP/1.1."
 _ORIGIN = re.compile(r"^https?://[^/?#]+", re.IGNORECASE)
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 
@@ -178,6 +179,7 @@ class HttpCutter:
         if end > HEAD_BYTES_MAX:
             raise HttpError(431, f"The head of the request is over {HEAD_BYTES_MAX} bytes; send fewer headers.")
         if found is None:
+            self._check_first_line()
             self._searched = max(0, len(rest) - 2)
             return False
         if rest[max(0, end) : end + 4] != b"\r\n\r\n":
@@ -187,6 +189,12 @@ class HttpCutter:
         self._searched = 0
         self._begin_body(head, out)
         return True
+
+    def _check_first_line(self) -> None:
+        """Refuse what is no request line as soon as it is there: a person who types it would wait for an answer."""
+        end = self._rest.find(b"\n", self._searched)
+        if end >= 0 and b"\n" not in self._rest[:end] and not _REQUEST_LINE.fullmatch(self._rest[:end].rstrip(b"\r")):
+            raise HttpError(400, _NO_REQUEST_LINE)
 
     def _begin_body(self, head: Request, out: list[Request | Continue]) -> None:
         """Decide how the body is delimited (RFC 9112 §6.3)."""
@@ -296,7 +304,7 @@ def parse_head(head: bytes) -> Request:
     request_line, *lines = head.split(b"\r\n")
     matched = _REQUEST_LINE.fullmatch(request_line)
     if matched is None:
-        raise HttpError(400, "The request line is not of the form METHOD TARGET HTTP/1.1.")
+        raise HttpError(400, _NO_REQUEST_LINE)
     method, target = matched[1].decode(), matched[2].decode()
     if matched[3] != b"1":
         raise HttpError(505, "Only HTTP/1.1 and HTTP/1.0 are spoken here.")

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness import NodeServer, wait
+from tests.alone import node_alone, wait_leading
+from tests.harness import NodeServer
 from tests.talk import Talk, frame
 
 Ask = Callable[..., dict[str, Any]]
@@ -24,14 +25,8 @@ _prefixes = count(1)
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeServer]:
     """One node alone, which is a complete database."""
-    server = NodeServer("n1", tmp_path_factory.mktemp("protocol") / "n1")
-    server.address = "127.0.0.1:0"
-    try:
-        server.start()
-        wait(lambda: server.status()["role"] == "leader", what="the node leads itself")
+    with node_alone(tmp_path_factory.mktemp("protocol")) as server:
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture
@@ -706,6 +701,6 @@ def test_all_that_was_acknowledged_is_there_after_kill_9(node: NodeServer, p: st
             ok(talk.ask(op="put", key=f"{p}{n:02}", value=n))
         before = talk.ask(op="scan", prefix=p)
     node.restart()
-    wait(lambda: node.status()["role"] == "leader")
+    wait_leading(node)
     with Talk(node.address) as talk:
         assert talk.ask(op="scan", prefix=p)["items"] == before["items"]
