@@ -58,7 +58,9 @@ def sentence(reply: dict[str, Any], code: str) -> None:
     """`reply` must be a failure with `code` that tells a person something."""
     assert reply["ok"] is False and reply["error"] == code, reply
     message = reply["message"]
-    assert len(message) < 400 and (message[:1].isupper() or message[:1] in "`'-") and message.endswith((".", "?")), message
+    assert len(message) < 400 and (message[:1].isupper() or message[:1] in "`'-") and message.endswith((".", "?")), (
+        message
+    )
     assert "Traceback" not in message and "\n" not in message
 
 

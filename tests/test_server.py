@@ -694,7 +694,7 @@ def test_a_failing_payload_handler_ends_only_its_connection(caplog: pytest.LogCa
     service = Echo()
 
     def hello(request: dict[str, Any], slot: Slot) -> None:
-        slot.connection.on_payload = lambda payload: [][1]
+        slot.connection.on_payload = lambda payload: payload.missing  # type: ignore[attr-defined]
         slot.connection.on_close = closed.set
 
     service.other = hello
