@@ -11,9 +11,9 @@ takes over. Three things make it safe and keep it from blocking:
 * the rank is (last log term, last log index, name): the order in which Raft's voters judge candidates, with the
   name as the last word. A returning highest name with an old log neither wins nor is waited for;
 * the winner must still win a majority's votes;
-* who was beaten waits for the victor only so long, and then stands all the same; who stood and did not win stands
-  aside for a round and lets the lower ones go ahead. So a highest rank that can be pinged but can't win (a full
-  disk, one-way links) blocks nobody.
+* who was beaten waits for the victor only so long, and defers to it no more; who stood and did not win stands aside
+  for a round and lets the lower ones go ahead. So a highest rank that can be pinged but can't win (one-way links)
+  blocks nobody. The waits are drawn by lot, or those who waited for the same one would wake, stand and fail together.
 
 **Raft** (§5.2, §9.3): whoever's randomised time-out ends first asks, and stands when a majority agrees.
 
@@ -89,8 +89,8 @@ class Election(Protocol):
     def answered(self, now: float, view: View, src: str, answer: Answer) -> Move | None:
         """`src` answered our latest question."""
 
-    def voted(self, now: float) -> None:
-        """This member gave its vote to another: give it time to win."""
+    def voted(self, now: float, candidate: str) -> None:
+        """This member gave its vote to `candidate`: give it time to win."""
 
     def lost(self, now: float) -> None:
         """This member's candidacy failed."""
@@ -115,11 +115,12 @@ class Bully:
         self._phase = _Phase.CALM
         self._deadline = 0.0
         self._answers: dict[str, Answer] = {}
-        self._impatient = False  # a victory was waited for in vain: `alive` no longer stops us
+        self._awaited: set[str] = set()  # whose victory is being waited for
+        self._failed: set[str] = set()  # whose was waited for in vain: their `alive` no longer stops us
 
     def follow(self, now: float) -> None:
         """See Election."""
-        self._impatient = False
+        self._failed.clear()
         # A tenth of jitter: two members whose clocks run alike should not always ask in the same instant.
         self._enter(_Phase.CALM, now + self._timeout_s * (1.0 + 0.1 * self._rng.random()))
 
@@ -137,7 +138,8 @@ class Bully:
         if self._phase is _Phase.STANDING:
             self.lost(now)
             return None
-        self._impatient = self._phase is _Phase.WAITING
+        if self._phase is _Phase.WAITING:
+            self._failed |= self._awaited
         self._enter(_Phase.ASKING, now + self._timeout_s / 5)
         self._answers = {view.id: Answer.YIELD}
         return self._decide(now, view, time_is_up=False) or Move.ASK
@@ -150,8 +152,8 @@ class Bully:
             if self._phase is _Phase.CALM:
                 self._deadline = now  # the bully's rule: who outranks the asker holds its own election
             return Answer.ALIVE
-        if self._phase is _Phase.CALM or (self._phase is _Phase.ASKING and not self._impatient):
-            self._enter(_Phase.WAITING, now + self._timeout_s / 2)
+        if self._phase in (_Phase.CALM, _Phase.ASKING) and rank[3] not in self._failed:
+            self._await(now, {rank[3]})
         return Answer.YIELD
 
     def answered(self, now: float, view: View, src: str, answer: Answer) -> Move | None:
@@ -161,9 +163,9 @@ class Bully:
         self._answers[src] = answer
         return self._decide(now, view, time_is_up=False)
 
-    def voted(self, now: float) -> None:
+    def voted(self, now: float, candidate: str) -> None:
         """See Election."""
-        self._enter(_Phase.WAITING, now + self._timeout_s / 2)
+        self._await(now, {candidate})
 
     def lost(self, now: float) -> None:
         """See Election."""
@@ -175,8 +177,8 @@ class Bully:
             # Our link to the leader is down, not the leader. Asking again soon costs nobody anything.
             self._enter(_Phase.CALM, now + self._timeout_s / 8)
             return None
-        if Answer.ALIVE in answers.values() and not self._impatient:
-            self._enter(_Phase.WAITING, now + self._timeout_s / 2)
+        if higher := {id for id, answer in answers.items() if answer is Answer.ALIVE} - self._failed:
+            self._await(now, higher)
             return None
         everybody = view.reachable.intersection(view.voters) <= answers.keys()
         if view.is_quorum(set(answers)) and (everybody or time_is_up):
@@ -185,6 +187,10 @@ class Bully:
         if time_is_up:
             self._enter(_Phase.CALM, now + self._timeout_s * (0.1 + 0.2 * self._rng.random()))
         return None
+
+    def _await(self, now: float, victors: set[str]) -> None:
+        self._awaited = victors
+        self._enter(_Phase.WAITING, now + self._timeout_s * (0.5 + 0.5 * self._rng.random()))
 
     def _enter(self, phase: _Phase, deadline: float) -> None:
         self._phase = phase
@@ -235,7 +241,7 @@ class Randomised:
         self._answers[src] = answer
         return self._decide(now, view)
 
-    def voted(self, now: float) -> None:
+    def voted(self, now: float, candidate: str) -> None:
         """See Election."""
         self.follow(now)
 

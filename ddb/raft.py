@@ -158,6 +158,7 @@ class Raft:
         self._connected: set[str] = set()
         self._ask = 0
         self._votes: dict[str, bool] = {}  # who granted -> whether in doubt
+        self._refusals: set[str] = set()
         self._transferred = False
         self._term_begin = 0  # the leader's no-op: from here on entries are of its own term
         self._ticked_at = now
@@ -470,6 +471,7 @@ class Raft:
         self.role = Role.CANDIDATE
         self.leader = None
         self._votes = {}
+        self._refusals = set()
         for voter in self.config.voters:
             if voter != self.id:
                 last = (self.log.last_index, self.log.last_term)
@@ -524,12 +526,18 @@ class Raft:
         granted = up_to_date and self.vote in (None, m.src)
         if granted:
             self.vote = m.src
-            self.election.voted(now)
+            self.election.voted(now, m.src)
         self._send(VoteReply(self.id, m.src, self.term, granted, self.doubt), durable=True)
 
     def _on_vote_reply(self, m: VoteReply, now: float) -> None:
-        if self.role is Role.CANDIDATE and m.granted:
+        if self.role is not Role.CANDIDATE:
+            return
+        if m.granted:
             self._count_vote(m.src, m.doubt, now)
+            return
+        self._refusals.add(m.src)
+        if 2 * len(self._refusals.intersection(self.config.voters)) >= len(self.config.voters):
+            self.election.lost(now)  # a majority is out of reach
 
     def _count_vote(self, voter: str, doubt: bool, now: float) -> None:
         """Lead, if a majority of voters that remember all they acknowledged agree, or every single voter."""
@@ -582,7 +590,7 @@ class Raft:
     def _on_timeout_now(self, now: float) -> None:
         if self.role is Role.FOLLOWER and self._is_eligible:
             self._stand(now, transfer=True)
-            self.election.voted(now)
+            self.election.voted(now, self.id)
 
     # --- the follower's half of replication ---------------------------------------------------------------------
 
