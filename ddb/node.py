@@ -161,7 +161,7 @@ class Node:
         self.peers = Peers(self.loop, self, self.id, bind_host)
         self._closing.append(self.peers.close)
         self.loop.every(settings.timing.tick_s, self._tick)
-        self.loop.on_turn.append(lambda: self.replica.flush(time.monotonic()))
+        self.loop.on_turn.append(self._flush)
         self._begin_or_join(settings)
 
     def _open_replica(self, settings: Settings) -> None:
@@ -320,6 +320,11 @@ class Node:
             )
             for id, p in raft.progress.items()
         }  # fmt: skip
+
+    def _flush(self) -> None:
+        self.replica.flush(time.monotonic())
+        if self.service.flushed():
+            self.replica.flush(time.monotonic())
 
     # --- time ---------------------------------------------------------------------------------------------------
 

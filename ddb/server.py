@@ -212,11 +212,15 @@ class HttpSlot(Slot):
 class ClientConnection(Connection):
     """An accepted connection, until and unless a node takes it over by setting `on_payload`."""
 
-    __slots__ = ("_detour", "_finishing", "_held", "_make_slot", "_output_limit", "_unread", "server", "slots", "still")
+    __slots__ = (
+        "_detour", "_finishing", "_held", "_make_slot", "_output_limit", "_unread",
+        "server", "slots", "state", "still",
+    )  # fmt: skip
 
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
         self.slots: deque[Slot] = deque()
+        self.state: Any = None  # the service's own, about this connection
         self.still = 0  # sweeps since anything moved
         self._unread: list[Any] = []  # messages that wait for room in `slots`; all from one recv
         self._detour = False  # the loop over messages must stop and look up

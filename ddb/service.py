@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
@@ -72,6 +73,22 @@ class Node(Protocol):
         """What the leader knows of the others."""
 
 
+class _Line:
+    """The order of one connection's data requests. Reads run beside reads, and writes beside writes, which the log
+    orders; but a read must show the write before it, and not the one behind it: whoever pipelines expects that."""
+
+    __slots__ = ("held", "last", "last_writes")
+
+    def __init__(self) -> None:
+        self.last: Slot | None = None  # the latest that has begun
+        self.last_writes = False
+        self.held: deque[tuple[bool, Request, Slot]] = deque()
+
+    def blocks(self, writes: bool) -> bool:
+        """Whether a request that `writes`, or reads, has to wait for the latest one's reply."""
+        return self.last is not None and self.last_writes is not writes and self.last.out is None
+
+
 class NodeService:
     """The operations of `node`."""
 
@@ -81,6 +98,7 @@ class NodeService:
         self._routes = node_routes()
         self._calls: dict[int, tuple[str, Slot]] = {}  # passed on to the leader: to whom, and for whom
         self._tickets = 0
+        self._waiting: list[_Line] = []  # of the connections where something waits for its turn
         self._transfers: list[tuple[str, Slot]] = []  # who led, and who waits for another to lead
         self._ops: dict[str, Callable[[Request, Slot], None]] = {
             **dict.fromkeys(WRITES, self._write),
@@ -144,14 +162,54 @@ class NodeService:
     # --- data ---------------------------------------------------------------------------------------------------
 
     def _write(self, request: Request, slot: Slot) -> None:
+        line = self._in_line(True, request, slot)
+        if line is not None:
+            self._write_now(line, request, slot)
+
+    def _write_now(self, line: _Line, request: Request, slot: Slot) -> None:
         node = self._node
         entry, command = prepare(request)
         if "forward" in request:
             self._check_forward(request)
+        line.last, line.last_writes = slot, True
         node.replica.write(entry, command, slot)
 
+    def flushed(self) -> bool:
+        """The turn's work is done: begin what waited for it. Returns whether there was anything."""
+        waiting, self._waiting = self._waiting, []
+        begun = False
+        for line in waiting:
+            while line.held and not line.blocks(line.held[0][0]):
+                writes, request, slot = line.held.popleft()
+                begun = True
+                try:
+                    (self._write_now if writes else self._read_now)(line, request, slot)
+                except DdbError as error:
+                    slot.fail(error)
+            if line.held:
+                self._waiting.append(line)
+        return begun
+
+    def _in_line(self, writes: bool, request: Request, slot: Slot) -> _Line | None:
+        """The line of the slot's connection, or None where the request has to wait in it."""
+        line: _Line | None = slot.connection.state
+        if line is None:
+            line = slot.connection.state = _Line()
+        if line.held or line.blocks(writes):
+            if not line.held:
+                self._waiting.append(line)
+            line.held.append((writes, request, slot))
+            return None
+        return line
+
     def _read(self, request: Request, slot: Slot) -> None:
+        line = self._in_line(False, request, slot)
+        if line is not None:
+            self._read_now(line, request, slot)
+
+    def _read_now(self, line: _Line, request: Request, slot: Slot) -> None:
         command = prepare_read(request)
+        line.last, line.last_writes = slot, False
         mode = request.get("read", "linearizable")
         if mode == "linearizable":
             if self._node.replica.read_only and self._leader() is not None and not self._node.replica.is_leader:
@@ -315,8 +373,6 @@ class NodeService:
     def _peer(self, request: Request, slot: Slot) -> None:
         """Another node introduces itself (peers.py); from now on the connection is its."""
         node = self._node
-        if type(slot) is not Slot:
-            raise BadRequest("Nodes speak to one another in frames.")
         if type(slot) is not Slot:
             raise BadRequest("Nodes speak to one another in frames.")
         for field in ("id", "name", "address", "to"):

@@ -704,3 +704,29 @@ def test_all_that_was_acknowledged_is_there_after_kill_9(node: NodeServer, p: st
     wait_leading(node)
     with Talk(node.address) as talk:
         assert talk.ask(op="scan", prefix=p)["items"] == before["items"]
+
+
+# -------------------------------------------------------------- pipelining
+
+
+def test_a_pipelined_read_shows_the_write_before_it_and_not_the_one_behind(node: NodeServer, p: str) -> None:
+    with Talk(node.address) as talk:
+        for number in range(20):
+            reads = {"op": "get", "key": p + "n", **({"read": "stale"} if number % 2 else {})}
+            talk.send(frame({"op": "incr", "key": p + "n"}) + frame(reads))
+        talk.finish()
+        values = [ok(json.loads(talk.frame()))["value"] for _ in range(40)]
+    assert values == [number for n in range(1, 21) for number in (n, n)]
+
+
+def test_a_bad_request_in_a_pipeline_fails_alone(node: NodeServer, p: str) -> None:
+    with Talk(node.address) as talk:
+        talk.send(
+            frame({"op": "put", "key": p + "a", "value": 1}),
+            frame({"op": "get", "key": ""}),
+            frame({"op": "put", "key": p + "a"}),
+            frame({"op": "get", "key": p + "a"}),
+        )
+        replies = [json.loads(talk.frame()) for _ in range(4)]
+    assert [reply["ok"] for reply in replies] == [True, False, False, True]
+    assert replies[3]["value"] == 1
