@@ -718,6 +718,36 @@ def test_a_changed_file_is_refused(path: Path, statement: str, part: str) -> Non
     assert str(path) in caught.value.message and caught.value.fields["file"] == str(path)
 
 
+def test_rows_out_of_order_are_refused(path: Path) -> None:
+    """Each of them is sound, and none is missing, yet a look-up would go astray."""
+    with Store.open(path) as target:
+        for key in ("B", "a"):
+            put(target, key, b"1", 1)
+        checkpoint(target, 1)
+    tamper(
+        path,
+        snapshot.KV.replace("kv", "other").replace("key TEXT", "key TEXT COLLATE NOCASE"),
+        "INSERT INTO other SELECT * FROM kv",
+        "DROP TABLE kv",
+        "ALTER TABLE other RENAME TO kv",
+        "PRAGMA writable_schema=ON",
+        f"UPDATE sqlite_master SET sql = '{snapshot.KV}' WHERE name = 'kv'",
+    )
+    with pytest.raises(CorruptStore):
+        Store.open(path)
+    with Store.open(path, verified_at_open_bytes_max=0) as target, pytest.raises(CorruptStore, match="'B'"):
+        list(target.rows())
+
+
+def test_a_free_list_that_holds_a_used_page_is_refused(path: Path, healthy: tuple[bytes, dict[str, Row]]) -> None:
+    """Every row still reads right, but the next write would overwrite some (SQLite file format §1.5)."""
+    data = bytearray(healthy[0])
+    data[32:36] = (2).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(CorruptStore, match=r"[Ff]reelist"):
+        Store.open(path)
+
+
 def test_a_bad_row_is_found_by_the_read_that_wants_it(path: Path) -> None:
     with Store.open(path) as target:
         fill(target, 10)
@@ -775,6 +805,7 @@ def test_a_copy_is_one_file_with_the_last_checkpoint(path: Path, tmp_path: Path)
         put(target, "later", b"1", 6)
         copied = target.copy_to(tmp_path / "copy.db")
     assert copied.size_bytes == copied.path.stat().st_size
+    assert copied.path.read_bytes()[18:20] == b"\1\1", "it needs no write-ahead log (SQLite file format §1.3.3)"
     assert (
         check_copy(copied.path, copied.sha256)
         == copied.meta
