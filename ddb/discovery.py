@@ -19,6 +19,8 @@ from ddb.membership import Sighting
 log = logging.getLogger(__name__)
 
 KNOCK_S: Final = 0.2
+REGISTER_EVERY_S_MAX: Final = 60.0
+STRANGE: Final = "it does not answer like one"
 ANSWER_S: Final = 2.0  # a registry that is silent for longer is dialled anew
 
 
@@ -44,7 +46,7 @@ class Discovery:
         self._connection: Connection | None = None
         self._open = False
         self._timer: Any = None
-        self._complaint: str | None = ""  # what was last logged; None while all is well
+        self._complaint: str | None = ""  # what was last complained of; None while all is well
         self._closed = False
         self._dial()
 
@@ -106,9 +108,13 @@ class Discovery:
     def _on_close(self, connection: Connection) -> None:
         self._open = False
         self._waiting.clear()
-        if not self._closed:
-            self._complain(f"the registry at {self._shown} can't be reached ({connection.reason}); trying on")
-            self._again(KNOCK_S, self._dial)
+        if self._closed:
+            return
+        if connection.cutter.error is not None:
+            self._wrong(STRANGE)
+        else:
+            self._complain("unreachable", f"the registry at {self._shown} can't be reached ({connection.reason}); trying on")
+        self._again(KNOCK_S, self._dial)
 
     def _again(self, delay_s: float, what: Callable[[], None]) -> None:
         if self._timer is not None:
@@ -119,36 +125,41 @@ class Discovery:
         try:
             reply = wire.decode(payload)
         except DdbError:
-            self._wrong("it does not answer like one")
+            self._wrong(STRANGE)
             return
         if self._waiting:
             self._waiting.pop(0)(reply)
 
     def _registered(self, reply: dict[str, Any]) -> None:
         if reply.get("ok") is not True:
-            self._wrong(str(reply.get("message", "it does not answer like one")))
+            self._wrong(str(reply.get("message", STRANGE)))
             return
         try:
             sightings = {
                 str(n["id"]): Sighting(str(n["id"]), str(n["name"]), str(n["address"])) for n in reply["nodes"]
             }
+            for sighting in sightings.values():
+                wire.parse_address(sighting.address)
             cluster, ttl_s = reply["cluster"], float(reply["ttl"])
-        except (KeyError, TypeError, ValueError):
-            self._wrong("it does not answer like one")
+            if not (cluster is None or type(cluster) is str) or not ttl_s > 0:
+                raise ValueError("a cluster's id, and seconds")
+        except (KeyError, TypeError, ValueError, DdbError):
+            self._wrong(STRANGE)
             return
         if self._complaint is not None:
             self._complaint = None
             log.info("registered at the registry %s", self._shown)
         if not self._closed:
-            self._again(ttl_s / 3, self.register)
+            self._again(min(max(ttl_s / 3, KNOCK_S), REGISTER_EVERY_S_MAX), self.register)
             self._on_nodes(sightings, cluster)
 
     def _wrong(self, why: str) -> None:
         """What answers there is no registry, or not ours."""
-        self._complain(f"{self._shown} is not the registry of this node: {why}")
+        self._complain(why, f"{self._shown} is not the registry of this node: {why}")
         self._again(1.0, self.register)
 
-    def _complain(self, message: str) -> None:
-        if message != self._complaint:
-            self._complaint = message
+    def _complain(self, what: str, message: str) -> None:
+        """Say `message`, unless `what` was said last."""
+        if what != self._complaint:
+            self._complaint = what
             log.warning("%s", message)
