@@ -131,6 +131,7 @@ class Node:
         self._next_identity_at = 0.0
         self._leave_phase = 0
         self._leave_at = 0.0
+        self._has_handed_over = False
         self._discovery: Discovery | None = None
         try:
             self._open(settings)
@@ -442,6 +443,7 @@ class Node:
         self._leave_at = time.monotonic() + HAND_OVER_S
         successor = self.service.best_successor() if self.replica.is_leader else None
         if successor is not None:
+            self._has_handed_over = True
             self.replica.raft.transfer(successor.id, time.monotonic())
         self._leave(time.monotonic())
 
@@ -450,7 +452,7 @@ class Node:
         raft = self.replica.raft
         if self._leave_phase == 1:
             handing_over = self.replica.is_leader and raft.transfer_to is not None
-            in_between = not self.replica.is_leader and raft.leader is None and raft.config.voters != (self.id,)
+            in_between = self._has_handed_over and not self.replica.is_leader and raft.leader is None
             if (handing_over or in_between) and now < self._leave_at:
                 return
             self.service.leaving = True
