@@ -192,8 +192,6 @@ class Node:
         self.sync = Sync(self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds)
         self._closing.append(self.sync.close)
         self.replica.snapshots = self.sync
-        if not store.verified:
-            worker.run(store.verify, self._verified)
         log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
 
     def _election(self, name: str) -> Election:
@@ -422,12 +420,6 @@ class Node:
             successor = self.service.best_successor()
             if successor is not None and self.replica.raft.transfer_to is None:
                 self.replica.raft.transfer(successor.id, now)
-
-    def _verified(self, _: Any, error: Exception | None) -> None:
-        if isinstance(error, CorruptStore):
-            self.replica.distrust(error.message)
-        elif error is not None:
-            log.warning("%r: the snapshot could not be verified: %s", self, error)
 
     # --- leaving ------------------------------------------------------------------------------------------------
 

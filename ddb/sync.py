@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, Final
 
 from ddb import snapshot
 from ddb.config import Bounds
-from ddb.errors import ReadOnly, invariant
+from ddb.errors import CorruptStore, ReadOnly, invariant
 from ddb.kv import Machine
 from ddb.messages import Batch, InstallSnapshot, Message, SnapshotReply, SnapshotRequest
 from ddb.raft import Ready
@@ -101,12 +101,15 @@ class Sync:
         self._copy: snapshot.Copy | None = None
         self._copy_file: BinaryIO | None = None
         self._copying = False
+        self._at_work = 0  # jobs in the background that have the store's file open
         self._wanted_by: set[str] = set()
         self._sendings: dict[str, _Sending] = {}
         self._receiving: _Receiving | None = None
         self._verified: snapshot.Meta | None = None  # what was received, waiting for a checkpoint to end
         for path in (self._copy_path, self._incoming_path):
             path.unlink(missing_ok=True)
+        if not store.verified:
+            self._in_store(store.verify, self._on_store_verified)
 
     # --- called by the replica and its node ---------------------------------------------------------------------
 
@@ -182,21 +185,41 @@ class Sync:
             if error is None:
                 store.finish_checkpoint(checkpoint)
                 self._compact()
-            else:
+            elif isinstance(error, ReadOnly):
                 log.error("%r: the checkpoint failed: %s", self._replica, error)
                 store.abandon_checkpoint(checkpoint)
                 self._bytes_since += bytes_before
                 self._retry_at = now + RETRY_S
+            else:  # a failed fsync is never retried: nobody knows what the disk holds now
+                raise error
             self._tell_checkpoint_waiters(error)
-            if self._verified is not None:
-                self._install()
 
-        self._background(checkpoint.write, done)
+        self._in_store(checkpoint.write, done)
 
     def close(self) -> None:
         """Let go of the files. May be called twice."""
         self._drop_copy()
         self._stop_receiving()
+
+    # --- the store's file ---------------------------------------------------------------------------------------
+
+    def _in_store(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        """Run `work`, which opens the store's file, in the background. The file is not replaced meanwhile."""
+        self._at_work += 1
+
+        def ended(result: Any, error: Exception | None) -> None:
+            self._at_work -= 1
+            done(result, error)
+            if self._verified is not None and not self._at_work:
+                self._install()
+
+        self._background(work, ended)
+
+    def _on_store_verified(self, _: object, error: Exception | None) -> None:
+        if isinstance(error, CorruptStore):
+            self._replica.distrust(error.message)
+        elif error is not None:
+            log.warning("%r: the snapshot could not be verified: %s", self._replica, error)
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -238,7 +261,7 @@ class Sync:
                 self.checkpoint(None, now)
             elif self._store.meta.applied:
                 self._copying = True
-                self._background(lambda: self._store.copy_to(self._copy_path), self._copied)
+                self._in_store(lambda: self._store.copy_to(self._copy_path), self._copied)
 
     def _copied(self, copy: snapshot.Copy | None, error: Exception | None) -> None:
         self._copying = False
@@ -339,7 +362,7 @@ class Sync:
             self._stop_receiving()
             return
         self._verified = meta
-        if not self._store.checkpointing:
+        if not self._at_work:
             self._install()
 
     def _install(self) -> None:
@@ -359,6 +382,7 @@ class Sync:
                 raft.reapply(meta.applied)
             self._replica.restored(Machine(self._store, meta.applied))
             log.info("%r: installed the snapshot of %d", self._replica, meta.applied)
+            self._in_store(self._store.verify, self._on_store_verified)
         self._stop_receiving()
         self._acknowledge(receiving.src, meta.applied, receiving.size, installed=True)
 
