@@ -671,8 +671,6 @@ class Raft:
                     break
                 sent = True
             due = now - progress.sent_at >= self.timing.heartbeat_s
-            if due:
-                progress.probe_sent = False
             behind = self._spread_commit and progress.commit_sent < self.commit
             if not sent and (due or behind or progress.round_sent < self._round):
                 self._send_heartbeat(peer, progress)

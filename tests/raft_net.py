@@ -20,6 +20,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from ddb import codec
 from ddb.config import Bounds, Timing
@@ -33,7 +34,7 @@ from ddb.messages import (
     HardState,
     InstallSnapshot,
     Member,
-    Message,
+    RaftMessage,
     Role,
     SnapshotReply,
     VoteReply,
@@ -69,7 +70,7 @@ class Ticket:
     """What one Ready handed out for saving, and what waits for it."""
 
     records: list[Record]
-    after_save: list[Message]
+    after_save: list[RaftMessage]
 
     @property
     def saved(self) -> tuple[int, int, HardState | None]:
@@ -296,11 +297,11 @@ class Net:
         self.timing = timing or Timing()
         self.bounds = bounds or Bounds()
         self.now = 0.0
-        self.wire: list[Message] = []
+        self.wire: list[RaftMessage] = []
         self.cut: set[tuple[str, str]] = set()
         self.dropped = 0
         self.rules = Rules(self)
-        self.on_send: Callable[[Message], None] | None = None
+        self.on_send: Callable[[RaftMessage], None] | None = None
         self.peers: dict[str, Peer] = {}
         ids = [(id, True) for id in voters] + [(id, False) for id in learners]
         self.first_config = Configuration("test", election, tuple(Member(id, id, id, v) for id, v in sorted(ids)))
@@ -371,7 +372,7 @@ class Net:
         message = self.wire[position] if repeat else self.wire.pop(position)
         return self.hand(message)
 
-    def hand(self, message: Message) -> bool:
+    def hand(self, message: RaftMessage) -> bool:
         """Deliver `message`, wherever it comes from."""
         peer = self.peers.get(message.dst)
         if peer is None or peer.raft is None or (message.src, message.dst) in self.cut:
@@ -388,7 +389,7 @@ class Net:
             self.look_after(id)
         return did
 
-    def post(self, messages: Iterable[Message]) -> None:
+    def post(self, messages: Iterable[RaftMessage]) -> None:
         """Put `messages` on the wire."""
         for message in messages:
             self.rules.sent(message)
@@ -398,7 +399,7 @@ class Net:
 
     # --- many steps ---------------------------------------------------------------------------------------------
 
-    def settle(self, keep: Callable[[Message], bool] | None = None) -> None:
+    def settle(self, keep: Callable[[RaftMessage], bool] | None = None) -> None:
         """Deliver everything, and what comes of it, without time passing. `keep` names messages to leave on the wire."""
         for _ in range(20_000):
             position = next((i for i, m in enumerate(self.wire) if not keep or not keep(m)), None)
@@ -419,7 +420,9 @@ class Net:
     def elect(self, id: str | None = None, within: float = 20.0) -> Raft:
         """Wait for a leader; or make `id` the leader, by having it told to stand. Returns its core."""
         if id is None:
-            assert self.run(within, lambda: self.leader is not None and self.leading.has_committed_in_term), self.running
+            assert self.run(within, lambda: self.leader is not None and self.leading.has_committed_in_term), (
+                self.running
+            )
             return self.leading
         raft = self[id]
         self.provoke(id)
@@ -521,7 +524,8 @@ class Rules:
         self.digests: dict[int, int] = {0: 0}  # last -> digest
         self.votes: dict[tuple[str, int], str] = {}  # (voter, term) -> candidate, where sent without doubt
         self.committed = 0  # the highest index that anybody ever knew to be committed
-        self.reads: dict[tuple[str, int], int] = {}
+        self.reads: dict[tuple[str, int], int] = {}  # (peer, ticket) -> what was committed when it was asked
+        self.answers: dict[str, list[tuple[int, int]]] = {}  # peer -> its reads that were answered: (ticket, index)
         self._seen: dict[str, tuple[int, int]] = {}  # id -> (commit, term) at the last look
         self._led: set[tuple[str, int]] = set()
 
@@ -555,7 +559,7 @@ class Rules:
             f"State Machine Safety (§5.4.3): {peer.id} applies {batch} where {chosen[0]} was applied",
         )
 
-    def sent(self, m: Message) -> None:
+    def sent(self, m: RaftMessage) -> None:
         """Votes and acknowledgements are on disk before they leave (figure 2); one vote a term (§5.2)."""
         disk = self.net.peers[m.src].disk
         if isinstance(m, VoteReply) and m.granted:
@@ -572,7 +576,8 @@ class Rules:
     def _vote(self, voter: str, term: int, candidate: str, doubt: bool) -> None:
         if not doubt:
             invariant(
-                self.votes.setdefault((voter, term), candidate) == candidate, f"{voter} votes once in term {term} (§5.2)"
+                self.votes.setdefault((voter, term), candidate) == candidate,
+                f"{voter} votes once in term {term} (§5.2)",
             )
 
     def reading(self, id: str, ticket: int) -> None:
@@ -588,6 +593,7 @@ class Rules:
         if raft.role is Role.LEADER:
             self._look_at_leader(peer, raft)
         self.committed = max(self.committed, raft.commit)
+        self.answers.setdefault(peer.id, []).extend(peer.answered)
         for ticket, index in peer.answered:
             invariant(
                 index >= self.reads.get((peer.id, ticket), 0),
@@ -611,7 +617,9 @@ class Rules:
             last = raft.log.batch_at(raft.commit)
             held = self.holders.get((last.last, last.term), set())
             voters = raft.config.voters
-            invariant(last.term == raft.term, "only an entry of the leader's own term is committed by counting (§5.4.2)")
+            invariant(
+                last.term == raft.term, "only an entry of the leader's own term is committed by counting (§5.4.2)"
+            )
             invariant(
                 2 * len(held.intersection(voters)) > len(voters),
                 f"what is committed is on the disks of a majority of the voters: {last} on {sorted(held)}",
@@ -649,3 +657,29 @@ def terms(raft: Raft) -> list[int]:
 def appends(net: Net, dst: str | None = None) -> list[Append]:
     """The appends on the wire (to `dst`)."""
     return [m for m in net.wire if isinstance(m, Append) and dst in (None, m.dst)]
+
+
+# --- what many tests begin with ------------------------------------------------------------------------------------------
+
+
+def led_by(id: str, size: int, election: str, learners: Iterable[str] = ()) -> Net:
+    """A cluster in which `id` leads in term 1, everybody has its no-op, and knows that it is committed."""
+    net = Net(size, election, learners=learners)
+    net.elect(id)
+    net.run(0.2)
+    return net
+
+
+def append(net: Net, src: str, dst: str, prev: tuple[int, int], *batches: Batch) -> None:
+    """Deliver an Append to `dst` that `src` could have sent in its term."""
+    net.hand(Append(src, dst, net[src].term, *prev, 0, 0, batches))
+
+
+Kind = TypeVar("Kind", bound=RaftMessage)
+
+
+def take(net: Net, kind: type[Kind], dst: str | None = None) -> list[Kind]:
+    """Take the messages of one kind (to `dst`) off the wire."""
+    taken = [m for m in net.wire if isinstance(m, kind) and dst in (None, m.dst)]
+    net.wire = [m for m in net.wire if m not in taken]
+    return taken

@@ -137,7 +137,8 @@ class Chaos:
         if peer is None:
             return
         unfinished = sum(len(t.records) for t in peer.disk.queue)
-        forget = self.rng.choice([0, 1, 2, 3, 8]) if self.forgetful and self.may_forget(peer) and self.rng.random() < 0.5 else 0
+        forgets = self.forgetful and self.rng.random() < 0.5 and self.may_forget(peer)
+        forget = self.rng.choice([0, 1, 2, 3, 8]) if forgets else 0
         torn = 0 if forget else self.rng.randint(0, unfinished)
         self.net.crash(peer.id, torn, forget, noticed=self.rng.random() < 0.8)
 
