@@ -250,6 +250,7 @@ def test_a_missing_snapshot_is_made_anew_from_the_log_or_refused_where_that_begi
     for n in range(24):  # more than a segment of the log holds
         three.leader().ask(10.0, op="put", key=f"big{n}", value="b" * (1 << 20))
     three.wait_equal()
+    assert lost.ask(10.0, op="snapshot")["ok"] is True
     three.wait(lambda: segments(lost)[0].name != "00000001.log", what="the first segment is dropped")
     lost.kill()
     (lost.directory / "state.db").unlink()
