@@ -182,6 +182,7 @@ class Replica:
         self._reads: list[Read] = []
         self._reads_asked: dict[int, tuple[float, list[Read]]] = {}  # by ticket: when, and which
         self._reads_applying: deque[tuple[int, list[Read]]] = deque()
+        self._deferred_due = False  # a tick has passed: often enough to look for room
         self._reads_deferred: list[Read] = []  # could be answered, but the reader has much to take already
         self._changes: list[tuple[int, int, Waiter]] = []  # (index, term) of configurations somebody waits for
         self._tickets = 0
@@ -255,6 +256,7 @@ class Replica:
     def tick(self, now: float) -> None:
         """Let time pass."""
         self.raft.tick(now)
+        self._deferred_due = True
         if self.is_leader and not self.diverged:
             self.raft.digest = (self.machine.applied, self.machine.table.digest)
         if now >= self._expire_at:
@@ -318,7 +320,7 @@ class Replica:
         for ticket, index in ready.reads:
             if asked := self._reads_asked.pop(ticket, None):
                 self._reads_applying.append((index, asked[1]))
-        if self._reads_applying or self._reads_deferred:
+        if self._reads_applying or (self._reads_deferred and self._deferred_due):
             self._answer_reads()
         if self.snapshots is not None:
             self.snapshots.work(ready, now)
@@ -485,14 +487,14 @@ class Replica:
     def _answer_reads(self) -> None:
         applying = self._reads_applying
         field = b"" if self.is_leader else self._leader_field
-        answered = self._answer_deferred(field) if self._reads_deferred else 0
+        answered = self._answer_deferred(field) if self._reads_deferred and self._deferred_due else 0
         for _ in range(len(applying)):
             index, reads = applying.popleft()
             if index > self.machine.applied:
                 applying.append((index, reads))
                 continue
             for read in reads:
-                if answered > READS_BYTES_UNCHECKED and not read[1].has_room:
+                if answered > READS_BYTES_UNCHECKED and (read[1].done or not read[1].has_room):
                     self._reads_deferred.append(read)
                 else:
                     answered += self._answer_read(*read, field)
@@ -500,12 +502,15 @@ class Replica:
     def _answer_deferred(self, field: bytes) -> int:
         """Answer the reads that were deferred, where there is room now; a later state serves them as well. Returns
         how many bytes that took."""
+        self._deferred_due = False
         deferred, self._reads_deferred = self._reads_deferred, []
         answered = 0
         for read in deferred:
+            if read[1].done:  # or its connection is gone
+                continue
             if read[1].has_room:
                 answered += self._answer_read(*read, field)
-            elif not read[1].done:
+            else:
                 self._reads_deferred.append(read)
         return answered
 
