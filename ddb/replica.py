@@ -354,7 +354,11 @@ class Replica:
     def _refuse_writes(self) -> None:
         while self._writes:
             _, _, waiter = self._writes.popleft()
-            waiter.fail(ReadOnly("The leader's disk is full, so nothing can be written; free some space there. Reads still work."))
+            waiter.fail(
+                ReadOnly(
+                    "The leader's disk is full, so nothing can be written; free some space there. Reads still work."
+                )
+            )
         self._writes_bytes = 0
 
     def _propose(self) -> None:
@@ -395,11 +399,7 @@ class Replica:
         return taken
 
     def _on_forward(self, m: Forward, now: float) -> None:
-        if (
-            not self.is_leader
-            or self.raft.transfer_to is not None
-            or self._is_full
-        ):
+        if not self.is_leader or self.raft.transfer_to is not None or self._is_full:
             self.send(ForwardReply(m.dst, m.src, m.ticket, ()))
             return
         group = _ForwardedGroup(self, m)
