@@ -415,8 +415,13 @@ class Replica:
                 part.fail(BadRequest("The leader does not know this kind of write; is it of another version?"))
 
     def _on_forward_reply(self, m: ForwardReply) -> None:
-        _, writes = self._forwarded.pop(m.ticket, ("", []))
-        if writes and not m.replies:
+        leader, writes = self._forwarded.get(m.ticket, (None, []))
+        if leader != m.src:
+            return  # nobody waits for this any more
+        if m.replies and len(m.replies) != len(writes):
+            raise BadRequest("a peer answered other writes than those that it was sent")
+        del self._forwarded[m.ticket]
+        if not m.replies:
             self._queue_again(writes)  # refused: nothing was done, so try the leader of the moment
             if self.raft.leader == m.src:
                 self.raft.leader = None  # until it, or its successor, speaks again
