@@ -301,7 +301,7 @@ class Net:
         self.cut: set[tuple[str, str]] = set()
         self.dropped = 0
         self.rules = Rules(self)
-        self.on_send: Callable[[RaftMessage], None] | None = None
+        self.on_deliver: Callable[[RaftMessage], None] | None = None
         self.peers: dict[str, Peer] = {}
         ids = [(id, True) for id in voters] + [(id, False) for id in learners]
         self.first_config = Configuration("test", election, tuple(Member(id, id, id, v) for id, v in sorted(ids)))
@@ -378,6 +378,8 @@ class Net:
         if peer is None or peer.raft is None or (message.src, message.dst) in self.cut:
             self.dropped += 1
             return True
+        if self.on_deliver:
+            self.on_deliver(message)
         peer.raft.step(message, self.now)
         self.look_after(peer.id)
         return True
@@ -393,8 +395,6 @@ class Net:
         """Put `messages` on the wire."""
         for message in messages:
             self.rules.sent(message)
-            if self.on_send:
-                self.on_send(message)
             self.wire.append(message)
 
     # --- many steps ---------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ Nothing happens but by commands. After a change of the core that should change t
 
 writes what happens now in place of what was expected; `git diff` then shows what changed. The commands:
 
-    cluster NAME… [election=raft] [learners=NAME,…] [down]   make a cluster; connected, and at rest
+    cluster NAME… [election=raft] [learners=NAME,…] [down] [one-by-one]    make a cluster; connected, and at rest, or
+                                           still down; an append carries one batch only
     log NAME TERM… [term=N] [vote=NAME]    what is on the disk of a member that is down: the terms of its entries
     start NAME… · crash NAME… [forget=N] · silence NAME…     silence: stop it, without its connections breaking
     cut NAME… · heal                       cut the members named off from the rest; mend all
@@ -39,6 +40,7 @@ from pathlib import Path
 
 import pytest
 
+from ddb.config import Bounds
 from ddb.errors import DdbError
 from ddb.messages import (
     Append,
@@ -156,9 +158,10 @@ class Script:
     # --- the commands -----------------------------------------------------------------------------------------------
 
     def do_cluster(self, *names: str, election: str = "bully", learners: str = "") -> None:
-        down = "down" in names
-        ids = [n for n in names if n != "down"]
-        self.net = Net(ids, election, learners=learners.split(",") if learners else (), start=not down)
+        ids = [n for n in names if n not in ("down", "one-by-one")]
+        bounds = Bounds(append_bytes_max=1) if "one-by-one" in names else Bounds()
+        others = learners.split(",") if learners else ()
+        self.net = Net(ids, election, learners=others, bounds=bounds, start="down" not in names)
         self._roles = {}
         self.said.clear()
 
@@ -228,7 +231,8 @@ class Script:
     def do_lose(self, *which: str) -> None:
         for m in self._choose(which):
             self.net.wire.remove(m)
-            self.said.append(f"lost: {tell(m)}")
+            if self.net.on_deliver:
+                self.said.append(f"lost: {tell(m)}")
 
     def do_show(self) -> None:
         self.said += [show(peer) for _, peer in sorted(self.net.peers.items())]
