@@ -192,6 +192,8 @@ class NodeService:
 
     def _in_line(self, writes: bool, request: Request, slot: Slot) -> _Line | None:
         """The line of the slot's connection, or None where the request has to wait in it."""
+        if isinstance(slot, _CallSlot):
+            return _Line()  # the member that passed it on keeps the order
         line: _Line | None = slot.connection.state
         if line is None:
             line = slot.connection.state = _Line()
