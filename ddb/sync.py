@@ -29,7 +29,7 @@ from ddb.kv import Machine
 from ddb.messages import Batch, InstallSnapshot, Message, SnapshotReply, SnapshotRequest
 from ddb.raft import Ready
 from ddb.replica import Replica, Waiter
-from ddb.store import Store
+from ddb.store import Checkpoint, Store
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ class Sync:
         self._bytes_since = 0
         self._retry_at = 0.0
         self._request_at = 0.0
-        self._checkpoint_waiters: list[Waiter] = []
+        self._begun: tuple[Checkpoint, int, Callable[[], None]] | None = None  # until its index is durable in the log
+        self._checkpoint_waiters: list[tuple[int, Waiter]] = []  # each with the index that it wants on disk
         self._copy: snapshot.Copy | None = None
         self._copy_file: BinaryIO | None = None
         self._copying = False
@@ -136,6 +137,7 @@ class Sync:
 
     def tick(self, now: float) -> None:
         """Let time pass."""
+        self._write_checkpoint()
         policy = self._policy
         entries = self._replica.machine.applied - self._store.meta.applied
         if (entries >= policy.entries or self._bytes_since >= policy.bytes) and now >= self._retry_at:
@@ -166,13 +168,11 @@ class Sync:
 
     def checkpoint(self, waiter: Waiter | None, now: float) -> None:
         """Write a checkpoint now; `waiter` gets its `rev`. Does nothing more where one is under way already, or can't be begun yet."""
-        if waiter is not None:
-            self._checkpoint_waiters.append(waiter)
         applied, store = self._replica.machine.applied, self._store
+        if waiter is not None:
+            self._checkpoint_waiters.append((applied, waiter))
         if store.checkpointing or self._replica.diverged or self._verified is not None:
             return
-        if self._raft.durable < applied:
-            return  # the snapshot must not know more than the log on this disk; the next tick will do
         if applied == store.meta.applied:
             self._tell_checkpoint_waiters(None)
             return
@@ -194,7 +194,15 @@ class Sync:
                 raise error
             self._tell_checkpoint_waiters(error)
 
-        self._in_store(checkpoint.write, done)
+        self._begun = (checkpoint, applied, lambda: self._in_store(checkpoint.write, done))
+        self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        """The snapshot must never know more than the log on this disk: what was begun is written when that has caught up.
+        (Beginning only when it has might mean never, on a disk that is always a little behind.)"""
+        if self._begun is not None and self._raft.durable >= self._begun[1]:
+            (_, _, write), self._begun = self._begun, None
+            write()
 
     def close(self) -> None:
         """Let go of the files. May be called twice."""
@@ -225,8 +233,10 @@ class Sync:
 
     def _tell_checkpoint_waiters(self, error: Exception | None) -> None:
         waiters, self._checkpoint_waiters = self._checkpoint_waiters, []
-        for waiter in waiters:
-            if error is None:
+        for index, waiter in waiters:
+            if error is None and index > self._store.meta.applied:
+                self._checkpoint_waiters.append((index, waiter))  # this one had begun before it asked: the next tick will do
+            elif error is None:
                 waiter.reply(b'{"ok":true,"rev":%d}' % self._store.meta.applied)
             else:
                 waiter.fail(ReadOnly(f"The checkpoint failed: {error}"))
@@ -374,6 +384,9 @@ class Sync:
         raft = self._raft
         fits = meta.applied > raft.commit or raft.log.base_index <= meta.applied
         if not self._is_useless(meta.applied) and fits:
+            if self._begun is not None:
+                self._store.abandon_checkpoint(self._begun[0])
+                self._begun = None
             self._store.install(self._incoming_path)
             self._bytes_since = 0
             if meta.applied > raft.commit:
