@@ -161,6 +161,7 @@ class Node:
         bind_host = None if settings.host in ("", "0.0.0.0", "::") else settings.host
         self.peers = Peers(self.loop, self, self.id, bind_host)
         self._closing.append(self.peers.close)
+        self._on_config(self.replica.raft.config)
         self.loop.every(settings.timing.tick_s, self._tick)
         self.loop.on_turn.append(self._flush)
         self._begin_or_join(settings)
