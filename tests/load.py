@@ -80,14 +80,20 @@ class Talker:
 class Load:
     """`writers` threads that write to `cluster`, each beginning at another of `nodes` (all when not given).
 
-    A context manager: at its end the threads stop, and `writes` holds all that they did. With `moves_on`, a
-    writer whose request fails asks another node next; so does one whose connection breaks.
+    A context manager: at its end the threads stop, and `writes` holds all that they did. A writer whose request fails,
+    or whose connection breaks, asks another node next, unless it `stays`.
     """
 
     def __init__(
-        self, cluster: Cluster, writers: int = 4, nodes: list[NodeServer] | None = None, prefix: str = "load"
+        self,
+        cluster: Cluster,
+        writers: int = 4,
+        nodes: list[NodeServer] | None = None,
+        prefix: str = "load",
+        stays: bool = False,
     ) -> None:
         self.prefix = prefix
+        self.stays = stays
         self.nodes = list(nodes or cluster.nodes)
         self.writes: list[Write] = []
         self._stopping = threading.Event()
@@ -109,7 +115,7 @@ class Load:
             thread.join()
 
     def _run(self, number: int) -> None:
-        talker = Talker(self.nodes, number)
+        talker = Talker([self.nodes[number % len(self.nodes)]] if self.stays else self.nodes, number)
         count = 0
         while not self._stopping.is_set():
             count += 1

@@ -42,7 +42,7 @@ def test_after_kill_9_of_the_leader_the_next_write_succeeds_within_half_a_second
 def test_a_frozen_leader_is_replaced_within_two_seconds_and_steps_down_when_it_goes_on(cluster: Clusters) -> None:
     three = cluster(3)
     gaps_s = []
-    with Load(three, writers=6) as load, Register(three) as register:
+    with Load(three, writers=6, stays=True) as load, Register(three) as register:
         for _ in range(3):
             leader = three.wait_ready()
             term = leader.status()["term"]
