@@ -62,6 +62,7 @@ _NAMES: Final = {cls: name for name, cls in _KINDS.items()}
 _FIELDS: Final = {
     cls: {f.name: str(f.type) for f in fields(cls) if f.name not in ("src", "dst")} for cls in _KINDS.values()
 }
+_ANSWERS: Final = ("leader", "alive", "yield")
 _CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str, "dict[str, Any]": dict}
 
 
@@ -101,7 +102,7 @@ def batch_from_json(value: dict[str, Any], data: bytes) -> Batch:
         if not (type(first) is type(last) is type(term) is type(at_ms) is int and count and last - first + 1 == count):
             raise ValueError("its numbers don't fit together")
     except (KeyError, TypeError, ValueError) as error:
-        raise BadRequest(f"this is not a batch of log entries: {error!r}") from None
+        raise BadRequest(f"this is not a batch of log entries: {_short(error)}") from None
     return Batch(first, last, term, data, at_ms, commands, config)
 
 
@@ -134,17 +135,25 @@ def decode_message(payload: bytes, src: str, dst: str) -> Message:
         if kind == "forwarded":
             return ForwardReply(src, dst, _whole(value["ticket"]), _cut(payload, value["sizes"], value["replies"]))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise BadRequest(f"a peer sent a message that can't be read: {error!r}") from None
+        raise BadRequest(f"a peer sent a message that can't be read: {_short(error)}") from None
     cls = _KINDS.get(kind) if type(kind) is str else None
     if cls is None:
-        raise BadRequest(f"a peer sent a message of unknown kind {kind!r}")
+        raise BadRequest(f"a peer sent a message of unknown kind {_short(kind)}")
     arguments: dict[str, Any] = {"src": src, "dst": dst}
     for name, type_name in _FIELDS[cls].items():
         field: Any = value.get(name)
         if type(field) is not _CHECKS[type_name] or (type_name == "int" and field < 0):
             raise BadRequest(f"a peer's {kind!r} message has no {type_name} in {name!r}")
         arguments[name] = _unpacked(field) if type_name == "bytes" else field
+    if cls is ElectionReply and arguments["answer"] not in _ANSWERS:
+        raise BadRequest(f"a peer answered {_short(arguments['answer'])} where it was asked whether one may stand")
     return cls(**arguments)  # type: ignore[no-any-return]
+
+
+def _short(value: object) -> str:
+    """`value` as a message may quote it, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"
 
 
 def _unpacked(field: str) -> bytes:
