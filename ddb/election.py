@@ -247,13 +247,14 @@ class Randomised:
 
     def lost(self, now: float) -> None:
         """See Election."""
-        self.follow(now)
+        # Votes were split. Asking changes no term, so the next lot may be drawn from a shorter time.
+        self._deadline = now + self._timeout_s / 2 * self._rng.random()
 
     def _decide(self, now: float, view: View) -> Move | None:
         if not view.is_quorum({id for id, answer in self._answers.items() if answer is Answer.YIELD}):
             return None
         self._asking = False
-        self._deadline = now + self._timeout_s * (1.0 + self._rng.random())
+        self._deadline = now + self._timeout_s / 2 * (1.0 + self._rng.random())
         return Move.STAND
 
 

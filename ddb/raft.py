@@ -534,10 +534,10 @@ class Raft:
             return
         if m.granted:
             self._count_vote(m.src, m.doubt, now)
-            return
-        self._refusals.add(m.src)
-        if 2 * len(self._refusals.intersection(self.config.voters)) >= len(self.config.voters):
-            self.election.lost(now)  # a majority is out of reach
+        else:
+            self._refusals.add(m.src)
+        if self.role is Role.CANDIDATE and not self._may_still_win():
+            self.election.lost(now)
 
     def _count_vote(self, voter: str, doubt: bool, now: float) -> None:
         """Lead, if a majority of voters that remember all they acknowledged agree, or every single voter."""
@@ -546,6 +546,12 @@ class Raft:
         sure = sum(1 for v in voters if self._votes.get(v) is False)
         if 2 * sure > len(voters) or all(v in self._votes for v in voters):
             self._lead(now)
+
+    def _may_still_win(self) -> bool:
+        """Whether so few have refused that a majority is in reach, and somebody is connected who has not answered yet."""
+        voters = self.config.voters
+        unanswered = self._connected.intersection(voters).difference(self._votes, self._refusals)
+        return bool(unanswered) and 2 * len(self._refusals.intersection(voters)) < len(voters)
 
     def _lead(self, now: float) -> None:
         invariant(self._durable_state.term == self.term, "a leader's term is on disk")

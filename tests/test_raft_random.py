@@ -21,7 +21,7 @@ from ddb.errors import BadRequest, NoLeader, Overloaded
 from ddb.messages import Member, Role, SnapshotRequest
 from tests.raft_net import Net, Peer
 
-SEEDS = [int(os.environ["DDB_SEED"])] if "DDB_SEED" in os.environ else range(int(os.environ.get("DDB_SEEDS", "300")))
+SEEDS = [int(os.environ["DDB_SEED"])] if "DDB_SEED" in os.environ else range(int(os.environ.get("DDB_SEEDS", "400")))
 STEPS = 1200
 PEACE_S = 20.0
 
