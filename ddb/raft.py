@@ -29,14 +29,14 @@ collect votes on the strength of a forgotten one lacks that entry, which a major
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ddb import codec
 from ddb.config import Bounds, Timing
 from ddb.election import Answer, Election, Move, View
 from ddb.errors import BadRequest, NoLeader, Overloaded, invariant
+from ddb.leadership import Leadership, Progress
 from ddb.messages import (
     NOOP,
     Append,
@@ -82,36 +82,6 @@ class Ready:
     chunks: list[InstallSnapshot | SnapshotReply] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class Progress:
-    """What the leader knows of one other member.
-
-    `match`: known equal and durable up to here. `next`: what to send next. A member is *probed*, one message at
-    a time, until the logs are known to meet; then appends are pipelined, `in_flight` holding the last index
-    of each that is not acknowledged; `snapshot` while only a snapshot can help. Times are the leader's clock.
-    """
-
-    next: int
-    match: int = 0
-    probing: bool = True
-    probe_sent: bool = False
-    snapshot: bool = False
-    in_flight: deque[int] = field(default_factory=deque)
-    round: int = 0  # highest confirmation round that this member echoed
-    round_sent: int = 0
-    commit_sent: int = 0
-    heard_at: float = 0.0
-    sent_at: float = float("-inf")
-    doubt_at: int | None = None  # in doubt until the entry here is committed, and the member has it
-    doubt_round: int = 0  # what it said before it echoed this round, it may have forgotten
-    vouched: bool = False  # every voter elected the leader, so no forgotten vote can matter
-
-    @property
-    def counts(self) -> bool:
-        """Whether the member's word is good: it is not in doubt."""
-        return self.doubt_at is None or self.vouched
-
-
 class Raft:
     """One member's part in the consensus.
 
@@ -145,9 +115,7 @@ class Raft:
         self.leader: str | None = None
         self.commit = max(applied, log.base_index)
         self.durable = log.last_index
-        self.progress: dict[str, Progress] = {}
         self.digest: tuple[int, int] | None = None  # the state machine's (index, digest), sent with heartbeats
-        self.transfer_to: str | None = None
         self.may_stand = True  # False on a member that could not serve as leader, with a full disk for example
         self._configs = [(log.base_index, config)]
         self._configs += [(b.first, b.config) for b in log.batches() if b.config]
@@ -159,16 +127,8 @@ class Raft:
         self._ask = 0
         self._votes: dict[str, bool] = {}  # who granted -> whether in doubt
         self._refusals: set[str] = set()
-        self._transferred = False
-        self._term_begin = 0  # the leader's no-op: from here on entries are of its own term
         self._ticked_at = now
-        self._transfer_deadline = 0.0
-        self._spread_commit = False
-        self._round = 0
-        self._reads_waiting: list[tuple[str, int]] = []
-        self._reads_active: list[tuple[str, int]] = []
-        self._read_round = 0
-        self._read_index = 0
+        self._leadership: Leadership | None = None  # while this member leads
         self._out = Ready()
         self._ack: AppendReply | None = None
         election.follow(now)
@@ -210,8 +170,18 @@ class Raft:
 
     @property
     def has_committed_in_term(self) -> bool:
-        """Whether the leader has committed an entry of its own term: then its commit index is the cluster's."""
-        return self.role is Role.LEADER and self.commit >= self._term_begin
+        """Whether this leads and has committed an entry of its own term: then its commit index is the cluster's."""
+        return self._leadership is not None and self._leadership.has_committed
+
+    @property
+    def progress(self) -> Mapping[str, Progress]:
+        """What the leader knows of the others, by id; nothing where this does not lead."""
+        return self._leadership.progress if self._leadership is not None else {}
+
+    @property
+    def transfer_to(self) -> str | None:
+        """To whom the leadership is being handed over."""
+        return self._leadership.transfer_to if self._leadership is not None else None
 
     def hears_leader(self, now: float) -> bool:
         """Whether a leader spoke within the time-out; a leader hears itself."""
@@ -229,25 +199,18 @@ class Raft:
         """Let time pass. To be called every `tick_s` or so."""
         stalled = now - self._ticked_at >= self.timing.election_timeout_s
         self._ticked_at = now
-        if self.role is Role.LEADER:
-            self._check_quorum(now, stalled)
-            self._clear_doubts()
-            self._spread_commit = True
-            if self.transfer_to and now >= self._transfer_deadline:
-                self.transfer_to = None
-        if self.role is not Role.LEADER:
+        if self._leadership is not None:
+            self._check_quorum(self._leadership, now, stalled)
+        if self._leadership is not None:
+            self._leadership.tick(now)
+        else:
             self._move(self.election.tick(now, self._view(now)), now)
 
     def connected(self, peer: str) -> None:
         """A connection to `peer` stands."""
         self._connected.add(peer)
-        if progress := self.progress.get(peer):
-            progress.sent_at = float("-inf")
-            progress.vouched = False
-            if progress.doubt_at is not None:
-                self._doubt(progress)  # it may have started again, and have forgotten again
-            elif not progress.snapshot:  # what was under way on the old connection is lost: find out anew
-                self._probe(progress, progress.match + 1 if progress.match else progress.next)
+        if self._leadership is not None:
+            self._leadership.connected(peer)
 
     def disconnected(self, peer: str, now: float) -> None:
         """The connection to `peer` broke. If it led, that is suspicion enough: killed processes close their sockets."""
@@ -271,8 +234,9 @@ class Raft:
             return
         if type(m) is Append:
             self._on_append(m, now)
-        elif type(m) is AppendReply:
-            self._on_append_reply(m, now)
+        elif type(m) is AppendReply and self._leadership is not None:
+            self._leadership.on_append_reply(m, now)
+            self._leave_if_over()
         elif type(m) is VoteRequest:
             self._on_vote_request(m, now)
         elif type(m) is VoteReply:
@@ -281,17 +245,17 @@ class Raft:
             self._on_election_reply(m, now)
         elif type(m) is TimeoutNow:
             self._on_timeout_now(now)
-        elif type(m) is ReadRequest:
-            self._on_read_request(m)
+        elif type(m) is ReadRequest and self._leadership is not None:
+            self._leadership.read(m.src, m.ticket)
         elif type(m) is ReadReply:
             self._out.reads.append((m.ticket, m.index))
         elif type(m) is InstallSnapshot:
             self._hear_leader(m.src, now)
             self._out.chunks.append(m)
-        elif type(m) is SnapshotRequest and self.role is Role.LEADER:
+        elif type(m) is SnapshotRequest and self._leadership is not None:
             self._out.needs_snapshot.append(m.src)
-        elif type(m) is SnapshotReply and self.role is Role.LEADER:
-            self._heard(m.src, now)
+        elif type(m) is SnapshotReply and self._leadership is not None:
+            self._leadership.heard(m.src, now)
             self._out.chunks.append(m)
 
     def propose(self, entries: list[bytes], commands: list[Command], at_ms: int) -> Batch:
@@ -326,10 +290,10 @@ class Raft:
 
     def read(self, ticket: int) -> bool:
         """Ask for a read index; `Ready.reads` will answer with `ticket`. False where no leader is known: ask again later."""
-        if self.role is Role.LEADER:
-            self._reads_waiting.append((self.id, ticket))
+        if self._leadership is not None:
+            self._leadership.read(self.id, ticket)
         elif self.leader is not None:
-            self._send(ReadRequest(self.id, self.leader, self.term, ticket))
+            self.send(ReadRequest(self.id, self.leader, self.term, ticket))
         else:
             return False
         return True
@@ -339,14 +303,11 @@ class Raft:
 
         Until it leads, or a time-out has passed, nothing is proposed here. Raises BadRequest where `to` can't lead.
         """
-        if self.role is not Role.LEADER:
+        if self._leadership is None:
             raise NoLeader("This node does not lead (any more); ask the leader.")
         if to == self.id or to not in self.config.voters:
             raise BadRequest("Leadership can only go to another voter.")
-        self.transfer_to = to
-        self._transfer_deadline = now + self.timing.election_timeout_s
-        self._transferred = False
-        self._try_transfer()
+        self._leadership.transfer(to, now)
 
     def saved(self, index: int, term: int, hard_state: HardState | None, now: float) -> None:
         """Everything handed out up to the entry (`index`, `term`), and `hard_state`, is durable."""
@@ -358,8 +319,9 @@ class Raft:
         if index > self.durable and self.log.term_at(index) == term:
             self.durable = index
             self.log.release(min(index, self._emitted))
-            if self.role is Role.LEADER:
-                self._advance_commit()
+            if self._leadership is not None:
+                self._leadership.advance_commit()
+                self._leave_if_over()
 
     def compact(self, index: int) -> None:
         """The snapshot covers everything up to `index`; forget the log up to there."""
@@ -370,16 +332,13 @@ class Raft:
 
     def snapshot_sent(self, peer: str, index: int) -> None:
         """`peer` has installed our snapshot of `index`; the log takes over from there."""
-        if (progress := self.progress.get(peer)) and progress.snapshot:
-            progress.snapshot = False
-            progress.match = max(progress.match, index)
-            self._probe(progress, index + 1)
+        if self._leadership is not None:
+            self._leadership.snapshot_sent(peer, index)
 
     def snapshot_failed(self, peer: str) -> None:
         """The snapshot for `peer` came to nothing; find out anew what it needs."""
-        if (progress := self.progress.get(peer)) and progress.snapshot:
-            progress.snapshot = False
-            self._probe(progress, max(progress.match, self.log.base_index) + 1)
+        if self._leadership is not None:
+            self._leadership.snapshot_failed(peer)
 
     def restore(self, index: int, term: int, config: Configuration) -> None:
         """A snapshot of (`index`, `term`) with `config` has replaced the state. Keep the log behind it only if it fits (§7)."""
@@ -413,16 +372,15 @@ class Raft:
     def resign(self) -> None:
         """Lead no more, nor stand, though nobody else does yet: this member can't serve. The most advanced voter is told to
         stand."""
-        if self.role is Role.LEADER:
-            self._hand_over_and_leave()
+        if self._leadership is not None:
+            self._hand_over_and_leave(self._leadership)
         elif self.role is Role.CANDIDATE:
             self._step_down()
 
     def ready(self, now: float) -> Ready:
         """What is to be done because of all inputs since the last call."""
-        if self.role is Role.LEADER:
-            self._start_read_round()
-            self._send_appends(now)
+        if self._leadership is not None:
+            self._leadership.send_appends(now)
         out = self._out
         self._out = Ready()
         if self._ack is not None:
@@ -459,7 +417,7 @@ class Raft:
             for voter in self.config.voters:
                 if voter != self.id:
                     last = (self.log.last_term, self.log.last_index)
-                    self._send(ElectionRequest(self.id, voter, self.term, *last, self.name, self._ask))
+                    self.send(ElectionRequest(self.id, voter, self.term, *last, self.name, self._ask))
         elif move is Move.STAND:
             self._stand(now, transfer=False)
 
@@ -475,7 +433,7 @@ class Raft:
         for voter in self.config.voters:
             if voter != self.id:
                 last = (self.log.last_index, self.log.last_term)
-                self._send(VoteRequest(self.id, voter, self.term, *last, transfer), durable=True)
+                self.send(VoteRequest(self.id, voter, self.term, *last, transfer), durable=True)
 
     def _follow_term(self, term: int, now: float) -> None:
         """A higher term was seen: follow, whoever leads it (§5.1)."""
@@ -490,12 +448,10 @@ class Raft:
     def _step_down(self) -> None:
         self.role = Role.FOLLOWER
         self.leader = None
-        self.progress.clear()
-        self.transfer_to = None
-        self._reads_waiting.clear()
-        self._reads_active.clear()
+        self._leadership = None
 
-    def _append_noop(self) -> None:
+    def append_noop(self) -> None:
+        """See leadership.Member."""
         self._append(codec.encode_batch(self.log.last_index + 1, self.term, 0, [b'["noop"]'], [NOOP]))
 
     def _hear_leader(self, leader: str, now: float) -> None:
@@ -509,13 +465,13 @@ class Raft:
     def _reject_stale(self, m: RaftMessage) -> None:
         """A message of an older term: tell its sender ours, so that it steps down (§5.1)."""
         if type(m) is Append or type(m) is InstallSnapshot:
-            self._send(AppendReply(self.id, m.src, self.term, False, 0, 0), durable=True)
+            self.send(AppendReply(self.id, m.src, self.term, False, 0, 0), durable=True)
         elif type(m) is VoteRequest:
-            self._send(VoteReply(self.id, m.src, self.term, False, self.doubt), durable=True)
+            self.send(VoteReply(self.id, m.src, self.term, False, self.doubt), durable=True)
 
     def _on_election_request(self, m: ElectionRequest, now: float) -> None:
         answer = self.election.asked(now, self._view(now), (m.last_term, m.last_index, m.name, m.src))
-        self._send(ElectionReply(self.id, m.src, self.term, answer.value, m.ask))
+        self.send(ElectionReply(self.id, m.src, self.term, answer.value, m.ask))
 
     def _on_election_reply(self, m: ElectionReply, now: float) -> None:
         if m.ask == self._ask and self.role is not Role.LEADER and m.src in self.config.voters:
@@ -527,7 +483,7 @@ class Raft:
         if granted:
             self.vote = m.src
             self.election.voted(now, m.src)
-        self._send(VoteReply(self.id, m.src, self.term, granted, self.doubt), durable=True)
+        self.send(VoteReply(self.id, m.src, self.term, granted, self.doubt), durable=True)
 
     def _on_vote_reply(self, m: VoteReply, now: float) -> None:
         if self.role is not Role.CANDIDATE:
@@ -557,41 +513,35 @@ class Raft:
         invariant(self._durable_state.term == self.term, "a leader's term is on disk")
         self.role = Role.LEADER
         self.leader = self.id
-        self.transfer_to = None
-        self._leader_since = now
-        self._round = self._read_round = 0
-        self.progress = {}
-        self._follow_config(now)
-        if all(v in self._votes for v in self.config.voters):
-            self.doubt = False
-            for progress in self.progress.values():
-                progress.vouched = True
-        self._term_begin = self.log.last_index + 1
-        self._append_noop()  # an entry of its own commits what former terms left behind (§8)
+        unanimous = all(v in self._votes for v in self.config.voters)
+        self.doubt = self.doubt and not unanimous
+        self._leadership = Leadership(self, now, unanimous)
+        self.append_noop()  # an entry of its own commits what former terms left behind (§8)
 
-    def _check_quorum(self, now: float, stalled: bool) -> None:
+    def _check_quorum(self, leadership: Leadership, now: float, stalled: bool) -> None:
         """Step down where no majority has answered within the time-out (diss. §6.2): it may lead elsewhere.
 
         After a stall (the process was stopped, or the machine asleep) the answers that had queued up meanwhile seem fresh, and are not.
         """
         oldest = now if stalled else now - self.timing.election_timeout_s
-        if self._is_majority(lambda progress: progress.heard_at > oldest):
+        if leadership.is_followed(oldest):
             self._heard_leader_at = oldest  # should it lose the lead: how old its state may be
         else:
             self._step_down()
             self.election.follow(now)
 
-    def _is_majority(self, agrees: Callable[[Progress], bool]) -> bool:
-        """Whether a majority of the voters agrees, the leader itself included, and those in doubt left out."""
-        voters = self.config.voters
-        agreed = 0
-        for voter in voters:
-            if voter == self.id:
-                agreed += not self.doubt
-            else:
-                progress = self.progress[voter]
-                agreed += progress.counts and agrees(progress)
-        return 2 * agreed > len(voters)
+    def _leave_if_over(self) -> None:
+        if self._leadership is not None and self._leadership.is_over:
+            self._hand_over_and_leave(self._leadership)
+
+    def _hand_over_and_leave(self, leadership: Leadership) -> None:
+        """Tell the most advanced voter to stand, and step down: as the leader does whose own removal is committed
+        (diss. §4.2.2)."""
+        leadership.send_appends(float("inf"))  # the commit index, a last time
+        best = leadership.most_advanced()
+        if best is not None:
+            self.send(TimeoutNow(self.id, best, self.term))
+        self._step_down()
 
     def _on_timeout_now(self, now: float) -> None:
         if self.role is Role.FOLLOWER and self._is_eligible:
@@ -624,7 +574,7 @@ class Raft:
         """Tell the leader what matches: at once as far as it is durable, the rest when it will be."""
         if not m.batches:
             matched = min(matched, self.durable)  # for the rest, an acknowledgement waits already
-            self._send(AppendReply(self.id, m.src, self.term, True, matched, m.round, doubt=self.doubt))
+            self.send(AppendReply(self.id, m.src, self.term, True, matched, m.round, doubt=self.doubt))
             return
         if self._ack is not None:  # one acknowledgement for all appends of this turn
             matched = max(matched, self._ack.match)
@@ -641,7 +591,7 @@ class Raft:
         reply = AppendReply(
             self.id, m.src, self.term, False, 0, m.round, m.prev_index, hint_index, hint_term, self.doubt
         )  # fmt: skip
-        self._send(reply)
+        self.send(reply)
 
     def _truncate(self, first: int) -> None:
         invariant(first > self.commit, "a committed entry is never removed (§5.4, State Machine Safety)")
@@ -655,229 +605,22 @@ class Raft:
         self._out.batches.append(batch)
         if batch.config is not None:
             self._configs.append((batch.first, batch.config))
-            if self.role is Role.LEADER:
-                self._follow_config(self._ticked_at)
+            if self._leadership is not None:
+                self._leadership.follow_config(self._ticked_at)
 
-    # --- the leader's half --------------------------------------------------------------------------------------
+    # --- for the leadership, see leadership.Member --------------------------------------------------------------
 
-    def _follow_config(self, now: float) -> None:
-        """Keep a Progress for every other member of the configuration, and for nobody else."""
-        members = {m.id for m in self.config.members} - {self.id}
-        for gone in self.progress.keys() - members:
-            del self.progress[gone]
-        for new in sorted(members - self.progress.keys()):
-            self.progress[new] = Progress(self.log.last_index + 1, heard_at=now)
+    def read_confirmed(self, ticket: int, index: int) -> None:
+        """See leadership.Member."""
+        self._out.reads.append((ticket, index))
 
-    def _send_appends(self, now: float) -> None:
-        for peer in sorted(self.progress):
-            progress = self.progress[peer]
-            sent = False
-            while not progress.snapshot and progress.next <= self.log.last_index and self._may_send(progress):
-                if not self._send_batches(peer, progress):
-                    break
-                sent = True
-            due = now - progress.sent_at >= self.timing.heartbeat_s
-            behind = self._spread_commit and progress.commit_sent < self.commit
-            if not sent and (due or behind or progress.round_sent < self._round):
-                self._send_heartbeat(peer, progress)
-                sent = True
-            if sent:
-                progress.sent_at = now
-        self._spread_commit = False
-
-    def _may_send(self, progress: Progress) -> bool:
-        if progress.probing:
-            return not progress.probe_sent
-        return len(progress.in_flight) < self.bounds.appends_in_flight_max
-
-    def _send_batches(self, peer: str, progress: Progress) -> bool:
-        """Send the batches from `progress.next` on; False where they are gone and a snapshot is needed."""
-        prev = progress.next - 1
-        prev_term = self.log.term_at(prev)
-        if prev_term is None:
-            progress.snapshot = True
-            self._out.needs_snapshot.append(peer)
-            return False
-        batches = tuple(self.log.after(prev, self.bounds.append_bytes_max))
-        self._send(self._append_message(peer, progress, prev, prev_term, batches))
-        if progress.probing:
-            progress.probe_sent = True
-        else:
-            progress.next = batches[-1].last + 1
-            progress.in_flight.append(batches[-1].last)
-        return True
-
-    def _send_heartbeat(self, peer: str, progress: Progress) -> None:
-        """An empty append. While a snapshot is on its way it claims nothing about the log."""
-        prev = 0 if progress.snapshot else progress.next - 1
-        prev_term = self.log.term_at(prev)
-        if prev_term is None:
-            prev, prev_term = 0, 0
-        self._send(self._append_message(peer, progress, prev, prev_term, ()))
-
-    def _append_message(
-        self, peer: str, progress: Progress, prev: int, prev_term: int, batches: tuple[Batch, ...]
-    ) -> Append:
-        progress.round_sent = self._round
-        progress.commit_sent = self.commit
-        confirmed = progress.doubt_at is not None and self._is_confirmed(progress, progress.doubt_at)
-        digest = None if batches else self.digest
-        return Append(
-            self.id, peer, self.term, prev, prev_term, self.commit, self._round, batches, digest, confirmed
-        )  # fmt: skip
-
-    def _heard(self, peer: str, now: float) -> Progress | None:
-        progress = self.progress.get(peer)
-        if progress is not None:
-            progress.heard_at = now
-        return progress
-
-    def _on_append_reply(self, m: AppendReply, now: float) -> None:
-        progress = self._heard(m.src, now) if self.role is Role.LEADER else None
-        if progress is None:
-            return
-        if not self._heed_doubt(m, progress):
-            return
-        if m.round > progress.round:
-            progress.round = m.round
-            self._confirm_reads()
-        if not m.ok:
-            self._backtrack(m, progress)
-            return
-        while progress.in_flight and progress.in_flight[0] <= m.match:
-            progress.in_flight.popleft()
-        if m.match > progress.match:
-            progress.match = m.match
-            self._advance_commit()
-        if progress.probing and not progress.snapshot and m.match >= progress.next - 1:
-            progress.probing = False
-            progress.next = max(progress.next, m.match + 1)
-        if self.transfer_to == m.src:
-            self._try_transfer()
-
-    # --- members in doubt ---------------------------------------------------------------------------------------
-
-    def _heed_doubt(self, m: AppendReply, progress: Progress) -> bool:
-        """Note whether the sender is in doubt. Returns whether it still stands by what it says here."""
-        if progress.doubt_at is None:
-            if m.doubt:
-                self._doubt(progress)
-            return not m.doubt
-        if m.round < progress.doubt_round:
-            return False
-        if not m.doubt:
-            progress.doubt_at = None
-            self._advance_commit()
-        return True
-
-    def _doubt(self, progress: Progress) -> None:
-        """Believe nothing that the member has said so far, and ask it anew where its log ends."""
-        self._round += 1
-        progress.doubt_at = self.log.last_index + 1
-        progress.doubt_round = self._round
-        progress.match = 0
-        if not progress.snapshot:
-            self._probe(progress, progress.next)
-
-    def _is_confirmed(self, progress: Progress, doubt_at: int) -> bool:
-        return progress.match >= doubt_at and (self.commit >= doubt_at or progress.vouched)
-
-    def _clear_doubts(self) -> None:
-        """See that there is an entry by which members in doubt can be confirmed."""
-        waiting = any(p.doubt_at is not None and p.doubt_at > self.log.last_index for p in self.progress.values())
-        if waiting and self.transfer_to is None:
-            self._append_noop()
-
-    def _backtrack(self, m: AppendReply, progress: Progress) -> None:
-        """The logs part before `m.rejected`: go back to where they may meet, a term at a time (§5.3)."""
-        if progress.snapshot or m.rejected <= progress.match or m.rejected >= progress.next:
-            return  # an answer to something long settled
-        upto = min(m.rejected, self.log.last_index) - 1
-        shared = self.log.term_end(m.hint_term, upto) if m.hint_term else None
-        following = shared + 1 if shared is not None else min(m.hint_index, m.rejected)
-        following = max(following, progress.match + 1)
-        if self.log.base_index < following - 1 < self.log.last_index:
-            following = self.log.batch_at(following).first  # batches are sent whole
-        self._probe(progress, following)
-
-    def _probe(self, progress: Progress, following: int) -> None:
-        progress.probing = True
-        progress.probe_sent = False
-        progress.in_flight.clear()
-        progress.next = following
-
-    def _advance_commit(self) -> None:
-        """Commit what a majority holds durably, if it is of this term (§5.4.2, figure 8)."""
-        voters = self.config.voters
-        matches = sorted(self._match(v) for v in voters)
-        index = matches[(len(voters) - 1) // 2]
-        if index <= self.commit or index < self._term_begin:
-            return
-        self.commit = index
-        self.doubt = False  # committed without its own help, see above
-        if self.id not in voters and self.config_index <= index:
-            self._hand_over_and_leave()
-
-    def _match(self, voter: str) -> int:
-        """Up to where `voter` counts for a commit."""
-        if voter == self.id:
-            return 0 if self.doubt else self.durable
-        progress = self.progress[voter]
-        return progress.match if progress.counts else 0
-
-    def _hand_over_and_leave(self) -> None:
-        """Tell the most advanced voter to stand, and step down: as the leader does whose own removal is committed
-        (diss. §4.2.2)."""
-        self._send_appends(float("inf"))  # the commit index, a last time
-        others = [v for v in self.config.voters if v != self.id]
-        if others:
-            best = max(others, key=lambda v: self.progress[v].match)
-            self._send(TimeoutNow(self.id, best, self.term))
-        self._step_down()
-
-    def _try_transfer(self) -> None:
-        if self.transfer_to is None or self._transferred:
-            return
-        progress = self.progress[self.transfer_to]
-        if progress.match == self.log.last_index:
-            self._transferred = True
-            self._send(TimeoutNow(self.id, self.transfer_to, self.term))
-
-    # --- reads --------------------------------------------------------------------------------------------------
-
-    def _on_read_request(self, m: ReadRequest) -> None:
-        if self.role is Role.LEADER and len(self._reads_waiting) < self.bounds.reads_waiting_max:
-            self._reads_waiting.append((m.src, m.ticket))
-
-    def _start_read_round(self) -> None:
-        """Confirm the leadership once for all reads that wait. One round is under way at a time: who comes
-        meanwhile shares the next one."""
-        if not self._reads_waiting or self._reads_active or not self.has_committed_in_term:
-            return
-        self._round += 1
-        self._read_round = self._round
-        self._read_index = self.commit
-        self._reads_active, self._reads_waiting = self._reads_waiting, []
-        self._confirm_reads()
-
-    def _confirm_reads(self) -> None:
-        if not self._reads_active:
-            return
-        if not self._is_majority(lambda progress: progress.round >= self._read_round):
-            return
-        for src, ticket in self._reads_active:
-            if src == self.id:
-                self._out.reads.append((ticket, self._read_index))
-                continue
-            progress = self.progress.get(src)
-            if progress is not None and progress.commit_sent < self._read_index:
-                self._send_heartbeat(src, progress)  # so that it need not wait for the next one to apply that far
-            self._send(ReadReply(self.id, src, self.term, ticket, self._read_index))
-        self._reads_active = []
+    def snapshot_needed(self, peer: str) -> None:
+        """See leadership.Member."""
+        self._out.needs_snapshot.append(peer)
 
     # --- sending ------------------------------------------------------------------------------------------------
 
-    def _send(self, message: RaftMessage, durable: bool = False) -> None:
+    def send(self, message: RaftMessage, durable: bool = False) -> None:
         """Hand out `message`; with `durable`, or while the term it names is not yet on disk, after the save."""
         if durable or self._durable_state.term != self.term:
             self._out.after_save.append(message)
