@@ -405,7 +405,7 @@ def test_who_can_be_reached_is_waited_for_but_not_for_long() -> None:
     view = view_of("d")
     bully = asking("bully", view)
     assert [bully.answered(10.0, view, id, Answer.YIELD) for id in "abc"] == [None] * 3
-    assert list(moves(bully, view, 10.0, 10.0))[0] == (pytest.approx(10.0 + TIMEOUT_S / 5, abs=TICK_S), Move.STAND)
+    assert next(moves(bully, view, 10.0, 10.0)) == (pytest.approx(10.0 + TIMEOUT_S / 5, abs=TICK_S), Move.STAND)
 
 
 def test_who_cannot_be_reached_is_not_waited_for() -> None:
