@@ -33,10 +33,11 @@ from selectors import EVENT_READ
 from typing import Any, Final, Protocol
 
 from ddb import http
-from ddb.errors import BadFrame, DdbError, Internal, InvariantError, Overloaded, StartupError
-from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, Piece, log_exception
+from ddb.errors import BadFrame, DdbError, InvariantError, Overloaded, StartupError
+from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, log_exception
+from ddb.slots import HttpSlot, LineSlot, Owner, Slot, internal
 from ddb.timers import Timer
-from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address, splice
+from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address
 
 __all__ = ["Connection", "Fatal", "Limits", "Loop", "Server", "Service", "Slot", "Timer", "raise_descriptor_limit"]
 
@@ -79,148 +80,21 @@ class Service(Protocol):
         ...
 
 
-# ------------------------------------------------------------------- slots
-
-
-class Slot:
-    """One request's place in the order of its connection's replies. The first reply counts."""
-
-    __slots__ = ("connection", "deadline", "id", "out")
-
-    def __init__(self, connection: ClientConnection) -> None:
-        self.connection = connection
-        self.id: bytes | None = None  # the request's "id", encoded
-        self.out: bytes | list[Piece] | None = None  # the reply as it goes out
-        self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
-
-    @property
-    def done(self) -> bool:
-        """Whether it has its reply."""
-        return self.out is not None
-
-    @property
-    def has_room(self) -> bool:
-        """Whether a reply of any size may be given now. A read can wait until the client has taken others."""
-        return self.connection.output_bytes <= self.connection.server.limits.output_bytes_max
-
-    def reply(self, body: bytes) -> None:
-        """Answer with the encoded JSON object `body`."""
-        if self.out is None:
-            if len(body) > LARGE_BYTES:
-                self._reply_in_pieces(body)
-                return
-            if self.id is not None:
-                body = splice(body, b'"id":%b' % self.id)
-            out = self.out = b"%d\n%b\n" % (len(body), body)
-            self.connection.slot_done(len(out))
-
-    def fail(self, error: DdbError) -> None:
-        """Answer with `error`."""
-        self.reply(failure(error))
-
-    def _reply_in_pieces(self, body: bytes) -> None:
-        """The same without a copy of `body`, which would cost more than all else; none at all where nobody waits."""
-        self.out = []
-        if self.connection.sock is not None:
-            inner: list[Piece] = [body]
-            if self.id is not None:
-                inner = [memoryview(body)[:-1], b',"id":%b}' % self.id]
-            self.out = [self._head(sum(map(len, inner))), *inner, b"\n"]
-            self.connection.slot_done(sum(map(len, self.out)))
-
-    def _head(self, body_bytes: int) -> bytes:
-        return b"%d\n" % body_bytes
-
-
-class LineSlot(Slot):
-    """The same on a connection of lines."""
-
-    __slots__ = ()
-
-    def reply(self, body: bytes) -> None:
-        """See Slot."""
-        if self.out is None:
-            if len(body) > LARGE_BYTES:
-                self._reply_in_pieces(body)
-                return
-            if self.id is not None:
-                body = splice(body, b'"id":%b' % self.id)
-            self.out = body + b"\n"
-            self.connection.slot_done(len(self.out))
-
-    def _head(self, body_bytes: int) -> bytes:
-        return b""
-
-
-class HttpSlot(Slot):
-    """The same on a connection of HTTP: replies become responses."""
-
-    __slots__ = ("message", "show")
-
-    def __init__(self, connection: ClientConnection) -> None:
-        super().__init__(connection)
-        self.message: http.Request | None = None
-        self.show: Callable[[bytes], http.Response] | None = None
-
-    def translate(self, message: http.Request | http.Continue) -> dict[str, Any] | None:
-        """The native request that `message` stands for; None when there is none, and all is said."""
-        if isinstance(message, http.Continue):
-            self._finish(http.CONTINUE)
-            return None
-        self.message = message
-        if not message.keep_alive:
-            self.connection.finish()
-        answer = http.answer(self.connection.server.service.routes, message)
-        if isinstance(answer, http.Response):
-            self.respond(answer)
-            return None
-        self.show = answer.show
-        return answer.request
-
-    def reply(self, body: bytes) -> None:
-        """See Slot."""
-        if self.out is None:
-            if self.id is not None:
-                body = splice(body, b'"id":%b' % self.id)
-            try:
-                response = http.Response(200, body) if self.show is None else self.show(body)
-            except DdbError as error:
-                response = http.refusal(error)
-            except Exception:
-                response = http.refusal(internal())
-            self.respond(response)
-
-    def fail(self, error: DdbError) -> None:
-        """See Slot."""
-        self.respond(http.refusal(error))
-
-    def respond(self, response: http.Response) -> None:
-        """Answer with `response` as it stands."""
-        if self.out is None and self.connection.sock is None:
-            self.out = b""
-        elif self.out is None:
-            self._finish(http.render(response, self.message, self.connection.server.date()))
-
-    def _finish(self, out: bytes) -> None:
-        self.out = out
-        self.connection.slot_done(len(out))
-
-
 # ------------------------------------------------------------- connections
 
 
-class ClientConnection(Connection):
+class ClientConnection(Owner):
     """An accepted connection, until and unless a node takes it over by setting `on_payload`."""
 
     __slots__ = (
         "_detour", "_finishing", "_held", "_make_slot", "_output_limit", "_unread",
-        "server", "slots", "state", "still",
+        "server", "slots", "still",
     )  # fmt: skip
 
     def __init__(self, server: Server, sock: socket.socket, peer: str) -> None:
         self.server = server
         self.slots: deque[Slot] = deque()
-        self.state: Any = None  # the service's own, about this connection
+        self.state = None
         self.still = 0  # sweeps since anything moved
         self._unread: list[Any] = []  # messages that wait for room in `slots`; all from one recv
         self._detour = False  # the loop over messages must stop and look up
@@ -354,6 +228,20 @@ class ClientConnection(Connection):
             and self.output_bytes <= self.server.limits.output_bytes_max // 2
         )
 
+    @property
+    def takes_more(self) -> bool:
+        """See Owner."""
+        return self.output_bytes <= self.server.limits.output_bytes_max
+
+    @property
+    def routes(self) -> Sequence[http.Route]:
+        """See Owner."""
+        return self.server.service.routes
+
+    def date(self) -> str:
+        """See Owner."""
+        return self.server.date()
+
     # -- output
 
     def slot_done(self, out_bytes: int) -> None:
@@ -469,12 +357,6 @@ class ClientConnection(Connection):
             self.slots.clear()
             self._unread = []
         super().end(reason)
-
-
-def internal() -> Internal:
-    """Log the exception being handled; return what the client is told of it."""
-    reference = log_exception("a request failed")
-    return Internal(f"A bug was met; the server's log tells more under the reference {reference}.")
 
 
 # ------------------------------------------------------------------ server
