@@ -13,7 +13,7 @@ from ddb.messages import (
     AppendReply,
     VoteRequest,
 )
-from tests.raft_net import led_by, take, terms
+from tests.raft_net import Net, entry, led_by, take, terms
 
 pytestmark = pytest.mark.parametrize("election", ["bully", "raft"])
 
@@ -170,3 +170,55 @@ def test_a_lone_voter_in_doubt_leads_what_it_has_left(election: str) -> None:
     net.start("n1")
     assert net.elect().id == "n1"
     assert (net["n1"].doubt, terms(net["n1"])) == (False, [1, 2])
+
+
+def in_unanimity(election: str) -> Net:
+    """n1 has been elected by all three, who all are in doubt; nothing of its term has left yet."""
+    net = led_by("n1", 3, election)
+    net.put()
+    for m in take(net, Append):
+        net.hand(m)
+    net.wire.clear()
+    for id in sorted(net.peers):
+        net.crash(id, forget=1)
+    for id in sorted(net.peers):
+        net.start(id)
+    net.provoke("n1")
+    net.settle(keep=lambda m: isinstance(m, Append))
+    assert net.leader == "n1"
+    assert net["n2"].doubt and net["n3"].doubt and not net["n1"].doubt
+    return net
+
+
+def test_who_elected_in_unanimity_counts(election: str) -> None:
+    """Otherwise nothing could ever be committed, and no doubt end."""
+    net = in_unanimity(election)
+    net.run(0.5)
+    assert (net.leader, net["n1"].term, net["n1"].has_committed_in_term) == ("n1", 2, True)
+    assert not net["n2"].doubt and not net["n3"].doubt
+
+
+def test_who_may_have_forgotten_again_does_not_count(election: str) -> None:
+    """A new connection may be a new process. The leader steps down, and all are asked again."""
+    net = in_unanimity(election)
+    net.disconnect("n1", "n2")
+    net.disconnect("n1", "n3")
+    net.run(0.1)
+    assert [terms(p.up) for p in net.running] == [[1, 2]] * 3
+    assert [p.up.commit for p in net.running] == [0] * 3
+    assert net.run(20.0, lambda: net.leader is not None and not any(p.up.doubt for p in net.running))
+    assert net.leading.term > 2
+
+
+def test_a_doubt_ends_when_what_ends_it_is_on_disk(election: str) -> None:
+    """The confirmation is about entries; were they lost in a crash, the doubt would have been right."""
+    net = led_by("n1", 3, election)
+    raft = net["n2"]
+    raft.doubt = True
+    raft.step(Append("n1", "n2", 1, 1, 1, 1, 0, (entry(2, 1),)), net.now)
+    raft.step(Append("n1", "n2", 1, 2, 1, 1, 0, confirmed=True), net.now)
+    assert raft.doubt
+    net.peers["n2"].work()
+    net.peers["n2"].write()
+    raft.step(Append("n1", "n2", 1, 2, 1, 1, 0, confirmed=True), net.now)
+    assert not raft.doubt
