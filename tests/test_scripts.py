@@ -24,6 +24,7 @@ writes what happens now in place of what was expected; `git diff` then shows wha
     pass SECONDS                           let time pass for all, and deliver everything
     deliver [FROM->TO] [KIND]              deliver the messages that are on their way now (from, to, of a kind)
     lose [FROM->TO] [KIND]                 lose them instead
+    delay [FROM->TO] [KIND] · arrive       put them aside; deliver what was put aside, however late
     settle                                 deliver all messages, and what comes of them
     quietly COMMAND                        do it, and keep silent about messages
     show                                   each member's state, and its log: 1×3 is three entries of term 1
@@ -123,7 +124,7 @@ class Script:
     def __init__(self) -> None:
         self.net = Net(0)
         self.said: list[str] = []
-        self.silent: set[str] = set()
+        self._delayed: list[RaftMessage] = []
         self._roles: dict[str, str] = {}
         self._tickets = 0
 
@@ -234,6 +235,17 @@ class Script:
             if self.net.on_deliver:
                 self.said.append(f"lost: {tell(m)}")
 
+    def do_delay(self, *which: str) -> None:
+        for m in self._choose(which):
+            self.net.wire.remove(m)
+            self._delayed.append(m)
+            self.said.append(f"delayed: {tell(m)}")
+
+    def do_arrive(self) -> None:
+        delayed, self._delayed = self._delayed, []
+        for m in delayed:
+            self.net.hand(m)
+
     def do_show(self) -> None:
         self.said += [show(peer) for _, peer in sorted(self.net.peers.items())]
 
@@ -277,3 +289,17 @@ def test_every_command_is_explained() -> None:
     commands = [name.removeprefix("do_") for name in dir(Script) if name.startswith("do_")]
     missing = [c for c in commands if not re.search(rf"^ {{4}}.*\b{c}\b", __doc__ or "", re.MULTILINE)]
     assert commands and missing == []
+
+
+def test_a_story_is_compared_to_what_happens_and_told_anew() -> None:
+    told = "# Alone.\n\ncluster n1\n    * n1 is leader @3\n    and more\nquietly pass 1\nshow\n"
+    happened = "# Alone.\n\ncluster n1\n    * n1 is follower @0\nquietly pass 1\n    * n1 is leader @1\nshow\n"
+    happened += "    n1@1 leader last=1@1 commit=1  | 1\n"
+    assert perform(told) == happened
+    assert perform(happened) == happened
+
+
+@pytest.mark.parametrize("command", ["dance", "put", "deliver gossip", "start nobody", "log n1 one"])
+def test_a_command_that_makes_no_sense_ends_the_story(command: str) -> None:
+    with pytest.raises((AssertionError, AttributeError, KeyError, TypeError, ValueError)):
+        perform(f"cluster n1 down\n{command}\n")
