@@ -389,6 +389,16 @@ def test_who_was_waited_for_in_vain_is_waited_for_no_more() -> None:
     assert [bully.answered(11.0, view, id, Answer.YIELD) for id in "abc"] == [None, None, Move.STAND]
 
 
+def test_who_was_waited_for_in_vain_is_not_made_way_for_again() -> None:
+    view = view_of("d")
+    bully = asking("bully", view)
+    bully.answered(10.0, view, "e", Answer.ALIVE)
+    assert bully.tick(11.0, view) is Move.ASK
+    assert bully.asked(11.0, view, rank("e")) is Answer.YIELD, "it may try, but nobody holds back for it"
+    bully.answered(11.0, view, "e", Answer.ALIVE)
+    assert [bully.answered(11.0, view, id, Answer.YIELD) for id in "abc"] == [None, None, Move.STAND]
+
+
 def test_a_leader_that_was_heard_forgives_those_who_failed() -> None:
     view = view_of("d")
     bully = asking("bully", view)
