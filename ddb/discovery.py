@@ -71,11 +71,6 @@ class Discovery:
         if self._connection is not None:
             self._connection.end(f"no answer within {ANSWER_S:g} s")
 
-    def refresh(self) -> None:
-        """Look again who is there, unless an answer is awaited anyway."""
-        if not self._waiting:
-            self.register()
-
     def close(self) -> None:
         """End the conversation; the registry is told that the node leaves. May be called twice."""
         if self._closed:

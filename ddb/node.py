@@ -55,7 +55,6 @@ log = logging.getLogger("ddb.node")
 
 BOOTSTRAP_EVERY_S: Final = 0.1
 MEMBERSHIP_EVERY_S: Final = 0.1
-SIGHTINGS_EVERY_S: Final = 0.25  # how often a leader looks for newcomers in the registry
 CAUGHT_UP_ENTRIES: Final = 1000  # a learner this close to the leader's log is promoted
 IDENTITY_RETRY_S: Final = 5.0
 MOVE_LEAD_EVERY_S: Final = 2.0
@@ -126,7 +125,6 @@ class Node:
         self._removed: object = None
         self._shown_state: object = None
         self._next_membership_at = 0.0
-        self._next_sightings_at = 0.0
         self._next_move_at = 0.0
         self._next_identity_at = 0.0
         self._leave_phase = 0
@@ -342,9 +340,6 @@ class Node:
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
             self._next_membership_at = now + MEMBERSHIP_EVERY_S
             self._tend_members()
-            if self._discovery is not None and now >= self._next_sightings_at:
-                self._next_sightings_at = now + SIGHTINGS_EVERY_S
-                self._discovery.refresh()
         self._move_lead(now)
         state = (raft.role_shown, raft.term, raft.leader)
         if state != self._shown_state:
