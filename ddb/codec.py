@@ -185,6 +185,8 @@ def _decode_forward(payload: bytes, src: str, dst: str) -> Forward:
 
 
 def _decode_append(value: dict[str, Any], payload: bytes, src: str, dst: str) -> Append:
+    if b"\n" in payload:
+        raise ValueError("it is not in one line")  # as the log's records must be
     prev_index, prev_term = value["prev"]
     term, commit, round_ = _whole(value["term"]), _whole(value["commit"]), _whole(value["round"])
     texts = _cut(payload, value["sizes"], value["batches"])

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from ddb.config import Bounds, Timing
+from ddb.errors import BadRequest
 from ddb.messages import (
     Append,
     AppendReply,
@@ -266,7 +267,11 @@ class Leadership:
         return progress
 
     def on_append_reply(self, m: AppendReply, now: float) -> None:
-        """Take in a follower's answer to an append."""
+        """Take in a follower's answer to an append. Raises BadRequest where it claims what this leader never had."""
+        if m.match > self._member.log.last_index:
+            raise BadRequest(
+                f"{m.src} claims entries up to {m.match} of a log that ends at {self._member.log.last_index}"
+            )
         progress = self.heard(m.src, now)
         if progress is None or not self._heed_doubt(m, progress):
             return

@@ -81,7 +81,13 @@ class Configuration:
     def from_json(cls, value: dict[str, Any]) -> Configuration:
         """The inverse of `to_json`. Raises KeyError or TypeError where `value` is something else."""
         members = tuple(Member(m["id"], m["name"], m["address"], m["voter"]) for m in value["members"])
-        return cls(value["cluster"], value["election"], members, tuple(value["removed"]))
+        config = cls(value["cluster"], value["election"], members, tuple(value["removed"]))
+        texts = [config.cluster, config.election, *config.removed]
+        for member in members:
+            texts += [member.id, member.name, member.address]
+        if not all(type(text) is str for text in texts) or not all(type(m.voter) is bool for m in members):
+            raise TypeError("a field of the configuration is of the wrong type")
+        return config
 
 
 @dataclass(frozen=True, slots=True)

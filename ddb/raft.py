@@ -220,7 +220,9 @@ class Raft:
             self.election.suspect(now)
 
     def step(self, m: RaftMessage, now: float) -> None:
-        """Take in a message of another member."""
+        """Take in a message of another member. Raises BadRequest where it contradicts itself; then nothing has changed."""
+        if type(m) is Append:
+            _check_order(m)
         if type(m) is ElectionRequest:
             self._on_election_request(m, now)
             return
@@ -626,3 +628,12 @@ class Raft:
             self._out.after_save.append(message)
         else:
             self._out.messages.append(message)
+
+
+def _check_order(m: Append) -> None:
+    """Raises BadRequest where no leader would send `m`: its batches must adjoin, in terms that never go back."""
+    index, term = m.prev_index, m.prev_term
+    for batch in m.batches:
+        if batch.first != index + 1 or not term <= batch.term <= m.term:
+            raise BadRequest(f"an append after {index}@{term} in term {m.term} can't hold the {batch!r}")
+        index, term = batch.last, batch.term

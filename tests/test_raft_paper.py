@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import pytest
 
-from ddb.errors import InvariantError
+from ddb.errors import BadRequest, InvariantError
 from ddb.messages import (
     Append,
     AppendReply,
     HardState,
+    RaftMessage,
     Role,
     VoteReply,
     VoteRequest,
@@ -42,7 +43,7 @@ def test_a_higher_term_makes_a_follower_of_anybody(election: str, role: Role) ->
 def test_a_stale_leader_is_told_the_term(election: str) -> None:
     """§5.1: If a server receives a request with a stale term number, it rejects the request."""
     net = led_by("n1", 3, election)
-    net.hand(Append("n2", "n3", 0, 1, 1, 1, 0, (entry(2, 0),)))
+    net.hand(Append("n2", "n3", 0, 0, 0, 0, 0, (entry(1, 0),)))
     assert net.wire == [AppendReply("n3", "n2", 1, False, 0, 0)]
     assert terms(net["n3"]) == [1]
 
@@ -312,6 +313,28 @@ def test_a_delayed_append_never_cuts_acknowledged_entries(election: str) -> None
     net.hand(late)
     assert terms(net["n2"]) == [1, 1, 1, 1]
     assert net["n2"].durable == 4
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        Append("n1", "n2", 1, 1, 1, 1, 0, (entry(3, 1),)),
+        Append("n1", "n2", 1, 1, 1, 1, 0, (entry(1, 1),)),
+        Append("n1", "n2", 1, 1, 1, 1, 0, (entry(2, 1), entry(4, 1))),
+        Append("n1", "n2", 5, 1, 1, 1, 0, (entry(2, 4), entry(3, 3))),
+        Append("n1", "n2", 5, 1, 1, 1, 0, (entry(2, 6),)),
+        AppendReply("n2", "n1", 1, True, 2, 0),
+    ],
+    ids=repr,
+)
+def test_what_contradicts_itself_is_refused_and_changes_nothing(election: str, nonsense: RaftMessage) -> None:
+    """§5.3: a leader sends adjoining entries whose terms never go back; a follower acknowledges what it was sent."""
+    net = led_by("n1", 3, election)
+    before = repr(net[nonsense.dst])
+    with pytest.raises(BadRequest):
+        net[nonsense.dst].step(nonsense, net.now)
+    assert repr(net[nonsense.dst]) == before
+    assert net.peers[nonsense.dst].up.ready(net.now).messages == []
 
 
 def test_a_repeated_append_changes_nothing(election: str) -> None:
