@@ -122,6 +122,14 @@ def test_a_majority_must_yield(election: str) -> None:
 
 
 @both
+def test_half_is_no_majority(election: str) -> None:
+    view = view_of("d", voters=("a", "b", "c", "d"), reachable=frozenset("ab"))
+    asker = asking(election, view)
+    assert asker.answered(10.01, view, "a", Answer.YIELD) is None
+    assert asker.answered(10.02, view, "b", Answer.YIELD) is Move.STAND
+
+
+@both
 def test_a_repeated_answer_counts_once(election: str) -> None:
     view = view_of("e", reachable=frozenset("a"))
     asker = asking(election, view)
@@ -441,6 +449,16 @@ def test_who_lost_stands_aside_for_a_round() -> None:
     assert move is Move.ASK
     assert TIMEOUT_S / 2 <= when - 1.0 <= TIMEOUT_S + TICK_S
     assert bully.asked(when, view, rank("a")) is Answer.ALIVE, "in the next round it is what it was"
+
+
+def test_suspicion_hurries_only_who_is_calm() -> None:
+    bully, view = strategy("bully"), view_of("e")
+    bully.lost(1.0)
+    bully.suspect(1.1)
+    assert bully.tick(1.1, view) is None, "who stands aside goes on doing so"
+    bully.voted(2.0, "d")
+    bully.suspect(2.1)
+    assert bully.tick(2.1, view) is None, "who waits for a victory goes on waiting"
 
 
 def test_who_stands_and_hears_nothing_has_lost() -> None:
