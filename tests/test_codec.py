@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, settings
+from hypothesis import given as _given
 from hypothesis import strategies as st
 
 from ddb import codec
@@ -36,6 +38,13 @@ from ddb.messages import (
     VoteReply,
     VoteRequest,
 )
+
+
+def given(*strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Hypothesis' `given`, but for the time that an example takes: a busy machine is no mistake."""
+    unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    return lambda test: unhurried(_given(*strategies)(test))
+
 
 WHOLE = st.integers(0, 2**63)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))

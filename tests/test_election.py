@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import permutations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddb.election import STRATEGIES, Answer, Bully, Election, Move, View
@@ -166,6 +166,7 @@ EVENTS = st.sampled_from(["follow", "suspect", "tick", "asked", "answered", "vot
 def test_nobody_ever_waits_for_ever(election: str) -> None:
     """Whatever came before: who may stand and hears nobody asks, or stands, within two time-outs."""
 
+    @settings(deadline=None)
     @given(
         st.integers(0, 9),
         st.lists(st.tuples(EVENTS, st.sampled_from("abde"), st.sampled_from(Answer), st.floats(0, 1))),
