@@ -34,7 +34,7 @@ from typing import Any, Final
 
 from ddb.errors import BadRequest, TooLarge
 from ddb.messages import Command
-from ddb.wire import check_surrogates, encode, encode_string
+from ddb.wire import check_own, encode, encode_string
 
 KEY_BYTES_MAX: Final = 4096
 ENTRY_BYTES_MAX: Final = 16 << 20  # of one command in the log
@@ -107,11 +107,10 @@ def well_formed(entry: bytes, command: Any) -> bool:
     A leader asks this of what another member forwards. An entry that the machine can't apply would, once it is
     committed, stop every node, and stop it again at each start.
     """
-    if 92 in entry:  # a backslash, before which no surrogate can be escaped
-        try:
-            check_surrogates(entry)
-        except BadRequest:
-            return False
+    try:
+        check_own(entry)
+    except BadRequest:
+        return False
     if len(entry) > ENTRY_BYTES_MAX or type(command) is not list or not command:
         return False
     if command[0] == "put" and len(command) == 3:

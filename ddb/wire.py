@@ -35,6 +35,9 @@ from ddb.errors import BadFrame, BadRequest, DdbError, TooLarge
 DEPTH_MAX: Final = 128
 """How many arrays and objects may stand inside one another."""
 
+WRAPPING_LEVELS: Final = 8
+"""How many levels a log entry may wrap around a client's value."""
+
 DIGITS_MAX: Final = 4300
 """How many digits an integer may have: CPython's own default limit (its answer to CVE-2020-10735)."""
 
@@ -95,7 +98,7 @@ def decode_value(payload: bytes) -> Any:
     if end != len(text) and text[end:].strip(_WHITESPACE):
         raise BadRequest(f"After the JSON value something else follows, at character {end + 1}.")
     if 92 in payload:  # a backslash: one memchr, where looking for b"\\u" would cost ten times as much
-        check_surrogates(payload)
+        _check_surrogates(payload)
     if size > 2 * DEPTH_MAX and (91 in payload or payload.find(b"{", 1) > 0):  # more than one flat object
         _check_depth(payload)
     if size > DIGITS_MAX and sys.get_int_max_str_digits() != DIGITS_MAX:
@@ -119,10 +122,21 @@ def decode_trusted(payload: bytes) -> Any:
     return _with_own_digits(_decode_checked, payload)
 
 
+def check_own(payload: bytes) -> None:
+    """Raise BadRequest where no ddb would have made `payload`, though `decode_trusted` can read it: a line feed, which
+    would break a log of lines, half of a surrogate pair, or a depth that can't be encoded again."""
+    if b"\n" in payload:
+        raise BadRequest("A text from another node is not in one line.")
+    if 92 in payload:
+        _check_surrogates(payload)
+    if len(payload) > 2 * DEPTH_MAX:
+        _check_depth(payload, DEPTH_MAX + WRAPPING_LEVELS)
+
+
 def _decode_slowly(payload: bytes) -> Any:
     """What the quick way stumbled over: leading blanks, an interpreter's lower limit on digits, or a fault."""
     value = _with_own_digits(_decode_checked, payload)
-    check_surrogates(payload)
+    _check_surrogates(payload)
     _check_depth(payload)
     return value
 
@@ -162,22 +176,22 @@ def _with_own_digits(work: Callable[[Any], Any], argument: Any) -> Any:
         sys.set_int_max_str_digits(limit)
 
 
-def check_surrogates(payload: bytes) -> None:
+def _check_surrogates(payload: bytes) -> None:
     """Raise BadRequest where a \\u escape of valid JSON is half of a surrogate pair (RFC 8259 §8.2)."""
     if _HIGH_OR_LOW.search(payload) and any(escape.group(1) for escape in _ESCAPE.finditer(payload)):
         raise BadRequest(_LONE)
 
 
-def _check_depth(payload: bytes) -> None:
-    """Raise BadRequest where valid JSON is nested deeper than DEPTH_MAX.
+def _check_depth(payload: bytes, levels: int = DEPTH_MAX) -> None:
+    """Raise BadRequest where valid JSON is nested deeper than `levels`.
 
     With strings, scalars and the kind of bracket taken away, each round removes the innermost pairs; what is left
-    after DEPTH_MAX rounds was deeper. All of it runs at the speed of bytes.replace.
+    after as many rounds was deeper. All of it runs at the speed of bytes.replace.
     """
-    if payload.count(b"{") + payload.count(b"[") <= DEPTH_MAX:
+    if payload.count(b"{") + payload.count(b"[") <= levels:
         return
     brackets = _STRING.sub(b"", payload).translate(_SQUARE, _NOT_BRACKETS)
-    for _ in range(DEPTH_MAX):
+    for _ in range(levels):
         if not brackets:
             return
         brackets = brackets.replace(b"[]", b"")
