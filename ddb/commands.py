@@ -107,11 +107,11 @@ def well_formed(entry: bytes, command: Any) -> bool:
     A leader asks this of what another member forwards. An entry that the machine can't apply would, once it is
     committed, stop every node, and stop it again at each start.
     """
-    try:
-        check_own(entry)
-    except BadRequest:
-        return False
     if len(entry) > ENTRY_BYTES_MAX or type(command) is not list or not command:
+        return False
+    try:
+        check_own(entry, flat=type(command[-1]) is str and len(command) == 3)
+    except BadRequest:
         return False
     if command[0] == "put" and len(command) == 3:
         return _is_key(command[1])

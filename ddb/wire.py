@@ -122,14 +122,15 @@ def decode_trusted(payload: bytes) -> Any:
     return _with_own_digits(_decode_checked, payload)
 
 
-def check_own(payload: bytes) -> None:
+def check_own(payload: bytes, flat: bool = False) -> None:
     """Raise BadRequest where no ddb would have made `payload`, though `decode_trusted` can read it: a line feed, which
-    would break a log of lines, half of a surrogate pair, or a depth that can't be encoded again."""
+    would break a log of lines, half of a surrogate pair, or a depth that can't be encoded again. `flat`: it is known
+    not to be deep."""
     if b"\n" in payload:
         raise BadRequest("A text from another node is not in one line.")
     if 92 in payload:
         _check_surrogates(payload)
-    if len(payload) > 2 * DEPTH_MAX:
+    if not flat and len(payload) > 2 * DEPTH_MAX:
         _check_depth(payload, DEPTH_MAX + WRAPPING_LEVELS)
 
 
