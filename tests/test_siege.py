@@ -541,14 +541,23 @@ POISON = [
     b'["incr","a"]', b'["incr","a",1.5]', b'["incr","a",null]', b'["batch"]', b'["batch",7]', b'["batch",[["incr","a",1]]]',
     b'["batch",[["batch",[]]]]', b'["txn"]', b'["txn",[],[]]', b'["txn",[],[["txn",[],[],[]]],[]]', b'["txn",[],[["scan",{}]],[]]',
     b'["txn",[7],[],[]]', b'["noop"]', b'["get","a"]', b'["scan",{}]', b'["nonsense"]', b"[]", b"[[]]", b"{}", b"7", b"null", b'"put"',
+    b'["put","a",\n1]', b'["put","a",' + b"[" * 500 + b"]" * 500 + b"]", b'["put","a",' + b"9" * 5000 + b"]", b'["put","a",1e999]',
 ]  # fmt: skip
+
+
+MISCUT = [
+    b'{"m":"forward","ticket":1,"sizes":[18,14],"entries":[["put","fuzz/f",1],["incr","n",-1]]}',
+    b'{"m":"forward","ticket":1,"sizes":[5,26],"entries":[["put","fuzz/f",1],["incr","n",-1]]}',
+    b'{"m":"forward","ticket":1,"sizes":[6,11],"entries":[["put","fuzz/f",1]]}',
+]
+"""Forwards whose sizes cut the text of their entries elsewhere than between two."""
 
 
 def test_no_forwarded_write_poisons_the_log(node: NodeServer) -> None:
     hello = frame(introduction(node))
-    for entry in POISON:
+    for forwarded in [*map(forward, POISON), *map(frame, MISCUT)]:
         with Talk(node.address) as talk:
-            talk.send(hello + forward(entry))
+            talk.send(hello + forwarded)
             assert ask(node.address, op="put", key="after", value=1)["ok"]
     node.restart()
     wait_leading(node)
