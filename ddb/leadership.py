@@ -54,7 +54,7 @@ class Progress:
     sent_at: float = float("-inf")
     doubt_at: int | None = None  # in doubt until the entry here is committed, and the member has it
     doubt_round: int = 0  # what it said before it echoed this round, it may have forgotten
-    vouched: bool = False  # every voter elected the leader, so no forgotten vote can matter
+    vouched: bool = False  # every member elected the leader, so no forgotten vote can matter
 
     @property
     def counts(self) -> bool:
@@ -99,7 +99,7 @@ class Member(Protocol):
 class Leadership:
     """One member's time as the leader of one term, from `now` on.
 
-    `unanimous`: every voter elected it, so no vote that one of them forgot can matter.
+    `unanimous`: every member elected it, so no vote that one of them forgot can matter.
     """
 
     def __init__(self, member: Member, now: float, unanimous: bool) -> None:

@@ -21,7 +21,7 @@ that index may answer (ReadIndex, diss. §6.4). Members come and go one at a tim
 Two things go beyond the paper. *Batches* are whole (messages.py), so every index that travels ends one.
 *Doubt*: a member whose disk lost the end of its log may have forgotten entries that it acknowledged and votes that it
 gave, in this term or in a later one. It says so in all it answers, and counts for nothing: not for an election
-(unless every single voter agrees: then nobody is left whom a forgotten vote could elect), not for a commit, not for a
+(unless every single member agrees: then nobody is left whom a forgotten vote could elect), not for a commit, not for a
 read. The doubt ends when the leader has committed, without this member's help, an entry that it appended after
 it heard of the doubt, and the member has that entry too: so it has all that it ever acknowledged; and who might still
 collect votes on the strength of a forgotten one lacks that entry, which a majority would miss in his log.
@@ -432,10 +432,10 @@ class Raft:
         self.leader = None
         self._votes = {}
         self._refusals = set()
-        for voter in self.config.voters:
-            if voter != self.id:
+        for member in self.config.members:  # learners too, for unanimity
+            if member.id != self.id:
                 last = (self.log.last_index, self.log.last_term)
-                self.send(VoteRequest(self.id, voter, self.term, *last, transfer), durable=True)
+                self.send(VoteRequest(self.id, member.id, self.term, *last, transfer), durable=True)
 
     def _follow_term(self, term: int, now: float) -> None:
         """A higher term was seen: follow, whoever leads it (§5.1)."""
@@ -498,24 +498,31 @@ class Raft:
             self.election.lost(now)
 
     def _count_vote(self, voter: str, doubt: bool, now: float) -> None:
-        """Lead, if a majority of voters that remember all they acknowledged agree, or every single voter."""
+        """Lead, if a majority of voters that remember all they acknowledged agree, or every single member."""
         self._votes[voter] = doubt
         voters = self.config.voters
         sure = sum(1 for v in voters if self._votes.get(v) is False)
-        if 2 * sure > len(voters) or all(v in self._votes for v in voters):
+        if 2 * sure > len(voters) or self._is_unanimous:
             self._lead(now)
+
+    @property
+    def _is_unanimous(self) -> bool:
+        """Whether every voter has voted for this candidate, and every learner: it may have become a voter by an entry
+        that was forgotten."""
+        return all(m.id in self._votes for m in self.config.members)
 
     def _may_still_win(self) -> bool:
         """Whether so few have refused that a majority is in reach, and somebody is connected who has not answered yet."""
         voters = self.config.voters
-        unanswered = self._connected.intersection(voters).difference(self._votes, self._refusals)
+        members = [m.id for m in self.config.members]
+        unanswered = self._connected.intersection(members).difference(self._votes, self._refusals)
         return bool(unanswered) and 2 * len(self._refusals.intersection(voters)) < len(voters)
 
     def _lead(self, now: float) -> None:
         invariant(self._durable_state.term == self.term, "a leader's term is on disk")
         self.role = Role.LEADER
         self.leader = self.id
-        unanimous = all(v in self._votes for v in self.config.voters)
+        unanimous = self._is_unanimous
         self.doubt = self.doubt and not unanimous
         self._leadership = Leadership(self, now, unanimous)
         self.append_noop()  # an entry of its own commits what former terms left behind (§8)

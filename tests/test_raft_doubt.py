@@ -11,6 +11,7 @@ import pytest
 from ddb.messages import (
     Append,
     AppendReply,
+    Member,
     VoteRequest,
 )
 from tests.raft_net import Net, entry, led_by, take, terms
@@ -222,3 +223,21 @@ def test_a_doubt_ends_when_what_ends_it_is_on_disk(election: str) -> None:
     net.peers["n2"].write()
     raft.step(Append("n1", "n2", 1, 2, 1, 1, 0, confirmed=True), net.now)
     assert not raft.doubt
+
+
+def test_a_lone_voter_in_doubt_asks_its_learners(election: str) -> None:
+    """It may have forgotten the entry that made one of them a voter, and what the two have committed since."""
+    net = led_by("n1", 1, election, learners=["n2"])
+    net.change(net["n1"].config.with_member(Member("n2", "n2", "n2", True)))
+    net.run(0.3)
+    batch = net.put()
+    net.run(0.3)
+    assert net["n2"].commit == batch.last
+    net.crash("n2")
+    net.crash("n1", forget=2)
+    net.start("n1")
+    assert net["n1"].config.voters == ("n1",)
+    assert not net.run(10.0, lambda: net.leader is not None)
+    net.start("n2")
+    assert net.run(10.0, lambda: net.leader == "n2")
+    assert net.run(2.0, lambda: net["n1"].commit > batch.last and not net["n1"].doubt)
