@@ -101,7 +101,7 @@ def _receive(connection: socket.socket) -> bytes:
 def ask(address: str, timeout_s: float = 2.0, **request: Any) -> dict[str, Any]:
     """Connect to `address`, send one request (`op="get", key="k"`), return its reply. Raises OSError."""
     host, _, port = address.rpartition(":")
-    with socket.create_connection((host, int(port)), timeout=timeout_s) as connection:
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s) as connection:
         return exchange(connection, request)
 
 
@@ -125,7 +125,7 @@ class Server:
     @property
     def host(self) -> str:
         """The address it listens on."""
-        return self.address.rpartition(":")[0] or "127.0.0.1"
+        return self.address.rpartition(":")[0].strip("[]") or "127.0.0.1"
 
     @property
     def port(self) -> int:
