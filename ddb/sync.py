@@ -104,6 +104,7 @@ class Sync:
         self._copying = False
         self._at_work = 0  # jobs in the background that have the store's file open
         self._wanted_by: set[str] = set()
+        self._wanted_index = 0  # a copy has at least what was applied when it was wanted; more would be a race with the writes
         self._sendings: dict[str, _Sending] = {}
         self._receiving: _Receiving | None = None
         self._verified: snapshot.Meta | None = None  # what was received, waiting for a checkpoint to end
@@ -127,6 +128,7 @@ class Sync:
         """See replica.Snapshots."""
         for peer in ready.needs_snapshot:
             self._wanted_by.add(peer)
+            self._wanted_index = self._replica.machine.applied
         if self._wanted_by:
             self._serve(now)
         for m in ready.chunks:
@@ -244,6 +246,8 @@ class Sync:
     def _compact(self) -> None:
         """Drop what the checkpoint covers from the log, but for a tail, and for what a snapshot on its way will need."""
         upto = self._store.meta.applied - self._policy.retain_entries
+        if self._copying or self._wanted_by:
+            return  # whoever gets the copy will need what follows it; the next checkpoint will do
         if self._copy is not None:
             upto = min(upto, self._copy.meta.applied)
         if upto > self._raft.log.base_index:
@@ -267,7 +271,7 @@ class Sync:
                     self._send_chunks(peer)
             self._wanted_by.clear()
         elif not self._copying and not self._store.checkpointing:
-            if self._store.meta.applied < self._replica.machine.applied and now >= self._retry_at:
+            if self._store.meta.applied < self._wanted_index and now >= self._retry_at:
                 self.checkpoint(None, now)
             elif self._store.meta.applied:
                 self._copying = True
