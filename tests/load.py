@@ -94,7 +94,7 @@ class Load:
     ) -> None:
         self.prefix = prefix
         self.stays = stays
-        self.nodes = list(nodes or cluster.nodes)
+        self.nodes = nodes or cluster.nodes  # the cluster's own list: who joins later is asked, too
         self.writes: list[Write] = []
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(writers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.harness import Cluster, NodeServer, exchange
+from tests.harness import Cluster, NodeServer, RegistryServer, exchange
 from tests.load import Load, rows
 
 Clusters = Callable[..., Cluster]
@@ -85,6 +86,54 @@ def test_a_node_without_a_registry_is_a_complete_database(cluster: Clusters) -> 
     item = client.get("k")
     assert item is not None and (item.value, item.rev) == ({"a": [1, None]}, rev)
     assert alone.nodes[0].status()["role"] == "leader"
+
+
+def test_a_database_of_one_node_becomes_a_cluster_with_all_its_data(cluster: Clusters) -> None:
+    three = cluster(1, registry=False)
+    first = three.nodes[0]
+    rev = first.ask(op="put", key="k", value="from when it was alone")["rev"]
+    id = first.status()["cluster"]
+    first.kill()
+    three.registry = first.registry = RegistryServer("registry", three.directory / "registry")
+    three.registry.start()
+    first.start()
+    three.wait(lambda: three.registry.ask(op="nodes")["cluster"] == id, what="the registry has learnt the cluster")  # type: ignore[union-attr]
+    for _ in range(2):
+        three.new_node().start()
+    three.wait_ready(voters=3)
+    one_cluster(three)
+    for node in three.nodes:
+        got = node.ask(op="get", key="k")
+        assert (got["value"], got["rev"]) == ("from when it was alone", rev)
+    first.kill()
+    assert three.leader().ask(op="put", key="k", value="without the first")["ok"]
+
+
+def test_nodes_that_listen_on_every_address_are_found_where_they_say(cluster: Clusters) -> None:
+    three = cluster(3, start=False, hosts=["0.0.0.0"] * 3)
+    with contextlib.ExitStack() as held:
+        for node in three.nodes:  # the port must be known to be advertised
+            taken = held.enter_context(socket.socket())
+            taken.bind(("127.0.0.1", 0))
+            node.address = f"0.0.0.0:{taken.getsockname()[1]}"
+            node.flags += ["--advertise", f"127.0.0.1:{node.port}"]
+    three.start()
+    one_cluster(three)
+    assert {m["address"] for m in three.leader().status()["members"]} == {f"127.0.0.1:{n.port}" for n in three.nodes}
+    three.leader().kill()
+    assert three.leader().ask(op="put", key="k", value=1)["ok"]
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this Python has no IPv6")
+def test_nodes_form_a_cluster_over_ipv6(cluster: Clusters) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"there is no IPv6 loopback here: {error}")
+    three = cluster(3, hosts=["::1"] * 3)
+    one_cluster(three)
+    assert three.leader().ask(op="put", key="k", value=1)["ok"]
+    assert all(m["address"].startswith("[::1]:") for m in three.leader().status()["members"])
 
 
 # Where requests run
@@ -252,6 +301,22 @@ def test_a_long_dead_voter_gives_way_to_a_newcomer(cluster: Clusters) -> None:
     dead.spawn()
     three.wait(lambda: not dead.alive, what="the node that was given up ends")
     assert_one_sentence(dead, "was removed from its cluster")
+
+
+def test_a_cluster_outlives_all_its_first_members(cluster: Clusters) -> None:
+    three = cluster(3, replace_after=1, checkpoint_every=100, retain=10)
+    first = list(three.nodes)
+    with Load(three) as load:
+        for dead in first:
+            three.wait_ready(voters=3)
+            load.wait_for(100, since_s=time.monotonic())
+            dead.kill()
+            three.new_node().start()
+            three.wait(lambda: voters(three.leader()) == {n.name for n in three.running}, what="it has taken the place")
+    three.wait_ready()
+    three.wait_equal()
+    assert {n.name for n in three.running} == {"n4", "n5", "n6"}
+    load.check(three.running)
 
 
 def test_a_wiped_node_under_its_old_name_is_a_new_member(cluster: Clusters) -> None:

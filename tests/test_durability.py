@@ -78,6 +78,29 @@ def test_a_follower_that_was_down_past_the_logs_compaction_catches_up_by_snapsho
     assert {**before, **revs}.items() <= {key: item["rev"] for key, item in rows(down).items()}.items()
 
 
+def test_a_snapshot_whose_receiver_or_sender_dies_on_the_way_is_sent_anew(cluster: Clusters) -> None:
+    three = cluster(3, checkpoint_every=10, retain=1)
+    for n in range(24):
+        assert three.leader().ask(10.0, op="put", key=f"big{n}", value=f"{n:04d}" * (1 << 18))["ok"]
+    for victim in ("receiver", "sender"):
+        newcomer = three.new_node()
+        newcomer.start()
+        leader = three.leader()
+        three.wait(lambda node=newcomer: "receiving the snapshot" in node.log, what="the snapshot is on its way")
+        if victim == "receiver":
+            newcomer.restart()
+        else:
+            leader.kill()
+        three.wait(lambda node=newcomer: "installed the snapshot" in node.log, timeout_s=20, what="it has arrived")
+        if not leader.alive:
+            leader.start()
+        three.wait_ready(voters=len(three.nodes))
+        three.wait_equal()
+        assert newcomer.ask(op="count", prefix="big")["count"] == 24
+        assert not list(newcomer.directory.glob("incoming*"))
+    assert len({s["digest"] for s in three.statuses().values()}) == 1
+
+
 # Files that are torn or rotten
 
 
