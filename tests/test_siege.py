@@ -23,8 +23,9 @@ from typing import Any
 
 import pytest
 
+from tests import harness
 from tests.alone import cpu_s, memory_bytes, memory_peak_bytes, node_alone, registry_alone, wait_leading
-from tests.harness import NodeServer, RegistryServer, Server, ask, wait
+from tests.harness import NodeServer, RegistryServer, Server, wait
 from tests.talk import Talk, frame, http, line
 
 KEPT = {f"kept/{n}": {"n": n, "text": "é🐬" * n} for n in range(50)}
@@ -55,10 +56,15 @@ def sound(node: NodeServer, registry: RegistryServer) -> Iterator[None]:
     for server in (node, registry):
         assert server.alive, server.log[-2000:]
         assert "Traceback" not in server.log and "reference" not in server.log, server.log[-3000:]
-    items = ask(node.address, 10, op="scan", prefix="kept/")["items"]
+    items = ask(node.address, op="scan", prefix="kept/")["items"]
     assert {item["key"]: item["value"] for item in items} == KEPT
-    assert ask(node.address, 10, op="put", key="next", value=1)["ok"]
-    assert ask(registry.address, 10, op="nodes")["cluster"] == "kept"
+    assert ask(node.address, op="put", key="next", value=1)["ok"]
+    assert ask(registry.address, op="nodes")["cluster"] == "kept"
+
+
+def ask(address: str, timeout_s: float = 15.0, **request: Any) -> dict[str, Any]:
+    """As harness.ask, with more patience: these tests keep the machine busy."""
+    return harness.ask(address, timeout_s, **request)
 
 
 def is_sentence(reply: dict[str, Any], *codes: str) -> None:
@@ -336,7 +342,7 @@ def test_a_thousand_half_messages_neither_fill_the_memory_nor_stop_the_others(no
                 began = time.monotonic()
                 assert other.ask(op="get", key="kept/7")["value"] == KEPT["kept/7"]
                 slowest_s = max(slowest_s, time.monotonic() - began)
-            assert slowest_s < 3
+            assert slowest_s < 5
             assert memory_bytes(node) - before < 400 * MIB  # 256 MiB is the bound; some is on its way out
     assert ask(node.address, op="get", key="half")["found"] is False
 
@@ -387,7 +393,7 @@ def test_a_flood_of_pipelined_requests_is_answered_whole_and_in_order(node: Node
                 assert other.ask(op="ping")["ok"]
                 slowest_s = max(slowest_s, time.monotonic() - began)
         sender.join()
-        assert slowest_s < 1
+        assert slowest_s < 3
 
 
 # ------------------------------------------------------------- large replies
@@ -468,49 +474,77 @@ def test_writes_that_come_faster_than_the_disk_takes_them_fill_no_memory(large: 
     for writer in writers:
         writer.join()
     assert memory_peak_bytes(large) < 900 * MIB
-    assert ask(large.address, 10, op="put", key="fast/0", value=1)["ok"]
+    assert ask(large.address, op="put", key="fast/0", value=1)["ok"]
 
 
 # --------------------------------------------------------------- descriptors
 
 
+@contextlib.contextmanager
+def descriptors(most: int) -> Iterator[None]:
+    """What this process starts meanwhile may open `most` files and connections, and can't raise that."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 class PoorNode(NodeServer):
-    """A node that may open few files and connections."""
+    """A node that may open 64 files and connections."""
 
     def spawn(self) -> None:
-        """See Server: the child inherits the limit."""
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, limit[1]))
-        try:
+        """See Server."""
+        with descriptors(64):
             super().spawn()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (64, 64))
 
 
-def test_out_of_descriptors_the_node_goes_on_and_its_disk_too(tmp_path: Path) -> None:
+@pytest.fixture
+def poor(tmp_path: Path) -> Iterator[PoorNode]:
     node = PoorNode("poor", tmp_path / "poor")
     try:
         node.start()
         wait_leading(node)
-        with Talk(node.address) as early, contextlib.ExitStack() as stack:
-            assert early.ask(op="put", key="early", value=1)["ok"]
-            for _ in range(100):
-                stack.enter_context(Talk(node.address))
-            assert early.ask(op="get", key="early")["value"] == 1
-            before_s, began = cpu_s(node), time.monotonic()
-            for n in range(10):  # over the size of a segment of the log, so another has to be opened
-                assert early.ask(op="put", key=f"early/{n}", value="x" * (8 * MIB))["ok"]
-            assert early.ask(op="snapshot", timeout=20)["ok"]
-            wait(lambda: time.monotonic() - began > 1.5)
-            before_s, began = cpu_s(node), time.monotonic()
-            wait(lambda: time.monotonic() - began > 0.5)
-            assert cpu_s(node) - before_s < 0.3  # it does not spin
-        with Talk(node.address) as late:
-            assert late.ask(op="get", key="early")["value"] == 1
-        assert "Traceback" not in node.log
+        yield node
+        assert node.alive and "Traceback" not in node.log
     finally:
         node.kill()
+
+
+def busy(server: Server, seconds: float = 0.4) -> float:
+    """Which part of the next `seconds` the process of `server` computes."""
+    before_s = cpu_s(server)
+    time.sleep(seconds)
+    return (cpu_s(server) - before_s) / seconds
+
+
+def test_clients_can_not_take_the_descriptors_that_the_disk_needs(poor: PoorNode) -> None:
+    with Talk(poor.address) as early, contextlib.ExitStack() as stack:
+        assert early.ask(op="put", key="early", value=1)["ok"]
+        crowd = [stack.enter_context(Talk(poor.address)) for _ in range(100)]
+        is_sentence(json.loads(crowd[-1].line()), "overloaded")
+        for n in range(10):  # over the size of a segment of the log, so another has to be opened
+            assert early.ask(op="put", key=f"early/{n}", value="x" * (8 * MIB))["ok"]
+        assert early.ask(op="snapshot", timeout=20)["ok"]
+    with Talk(poor.address) as late:
+        assert wait(lambda: late.ask(op="get", key="early"))["value"] == 1
+
+
+def test_without_any_descriptor_left_the_node_waits_and_does_not_spin(poor: PoorNode) -> None:
+    with Talk(poor.address) as early, contextlib.ExitStack() as stack:
+        assert early.ask(op="put", key="early", value=1)["ok"]
+        in_use = len(list(Path(f"/proc/{poor.pid}/fd").iterdir()))
+        resource.prlimit(poor.pid, resource.RLIMIT_NOFILE, (in_use, 64))
+        crowd = [stack.enter_context(Talk(poor.address)) for _ in range(30)]  # the kernel accepts them for the node
+        wait(lambda: "raise `ulimit -n`" in poor.log, what="the node says what is wrong")
+        assert early.ask(op="get", key="early")["value"] == 1
+        wait(lambda: busy(poor) < 0.4, what="the node does not spin")
+        resource.prlimit(poor.pid, resource.RLIMIT_NOFILE, (64, 64))
+        with Talk(poor.address) as late:
+            assert late.ask(op="get", key="early")["value"] == 1
+        assert len(crowd) == 30
 
 
 # --------------------------------------------------------------------- peers
