@@ -191,6 +191,7 @@ class Node:
         self.sync = Sync(self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds)
         self._closing.append(self.sync.close)
         self.replica.snapshots = self.sync
+        self.replica.push = self.loop.flush
         log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
 
     def _election(self, name: str) -> Election:

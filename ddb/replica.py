@@ -169,6 +169,9 @@ class Replica:
         self.send = send
         self.bounds = bounds or Bounds()
         self.snapshots: Snapshots | None = None
+        # What was sent leaves now: before the journal's thread wakes up, and competes for the interpreter with each
+        # system call that sends. The followers' disks are the longer way. A lone put takes a fifth less time for it.
+        self.push: Callable[[], None] = lambda: None
         self.diverged = False  # the state here is known to be wrong: nothing is answered from it
         self.read_only = False  # the disk here is full: see `full`
         self._journal = journal
@@ -311,9 +314,11 @@ class Replica:
         if self._reads:
             self._ask_for_reads(now)
         ready = self.raft.ready(now)
-        self._save(ready)
         for message in ready.messages:
             self.send(message)
+        if ready.batches and ready.messages:
+            self.push()
+        self._save(ready)
         for batch in ready.committed:
             if not self.diverged:
                 self._apply(batch)
