@@ -285,7 +285,8 @@ class Leadership:
             progress.in_flight.popleft()
         if m.match > progress.match:
             progress.match = m.match
-            self.advance_commit()
+            if m.match > self._member.commit:
+                self.advance_commit()
         if progress.probing and not progress.snapshot and m.match >= progress.next - 1:
             progress.probing = False
             progress.next = max(progress.next, m.match + 1)

@@ -340,11 +340,31 @@ class LogWriter:
         self._thread.start()
 
     def save(
-        self, hard_state: HardState | None, batches: Sequence[Batch] = (), reset: tuple[int, int] | None = None
+        self,
+        hard_state: HardState | None,
+        batches: Sequence[Batch] = (),
+        reset: tuple[int, int] | None = None,
+        *,
+        in_place: bool = False,
     ) -> int:
-        """Queue what `Log.write` takes. Returns its ticket: 1, 2, 3, …"""
+        """Queue what `Log.write` takes. Returns its ticket: 1, 2, 3, …
+
+        With `in_place`, and if the thread is idle, the caller's thread does the work itself: `saved` says so at once,
+        and `on_saved` is not called. Raises what a failing disk raises; on a full one the thread takes over.
+        """
+        in_place = in_place and self.saved == self._tickets
         self._tickets += 1
-        self._queue.put((hard_state, batches, reset))
+        if not in_place:
+            self._queue.put((hard_state, batches, reset))
+            return self._tickets
+        # The thread has reported all that it was given, so it waits in `_take`, and touches the log no more until
+        # something is queued, which only this thread does.
+        self._log.write(hard_state, batches, reset)
+        try:
+            self._log.sync()
+            self.saved = self._tickets
+        except ReadOnly:
+            self._queue.put((None, (), None))  # the group is the log's already: let the thread wait for room
         return self._tickets
 
     def flush(self, timeout_s: float) -> bool:

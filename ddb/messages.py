@@ -47,11 +47,11 @@ class Configuration:
     election: str = "bully"
     members: tuple[Member, ...] = ()
     removed: tuple[str, ...] = ()  # ids that may never come back
+    voters: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    """The ids of the voters, sorted. Asked for in every turn of the loop, so made once."""
 
-    @property
-    def voters(self) -> tuple[str, ...]:
-        """The ids of the voters, sorted."""
-        return tuple(sorted(m.id for m in self.members if m.voter))
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "voters", tuple(sorted(m.id for m in self.members if m.voter)))
 
     def member(self, id: str) -> Member | None:
         """The member with this `id`, or None."""

@@ -77,10 +77,22 @@ class Reader(Waiter, Protocol):
 
 
 class Journal(Protocol):
-    """The log's writer. It reports each ticket back, in order, to `Replica.saved`."""
+    """The log's writer. It reports each ticket back, in order, to `Replica.saved`; what it saved in place, at once.
 
-    def save(self, hard_state: HardState | None, batches: Sequence[Batch], reset: tuple[int, int] | None = None) -> int:
-        """Make these durable, soon; returns the ticket."""
+    `saved` is the highest ticket that is durable.
+    """
+
+    saved: int
+
+    def save(
+        self,
+        hard_state: HardState | None,
+        batches: Sequence[Batch] = (),
+        reset: tuple[int, int] | None = None,
+        *,
+        in_place: bool = False,
+    ) -> int:
+        """Make these durable: soon, or `in_place`, before this returns, where that can be. Returns the ticket."""
 
 
 class Snapshots(Protocol):
@@ -318,7 +330,7 @@ class Replica:
             self.send(message)
         if ready.batches and ready.messages:
             self.push()
-        self._save(ready)
+        self._save(ready, now)
         for batch in ready.committed:
             if not self.diverged:
                 self._apply(batch)
@@ -436,12 +448,17 @@ class Replica:
 
     # --- save, apply, answer ------------------------------------------------------------------------------------
 
-    def _save(self, ready: Ready) -> None:
+    def _save(self, ready: Ready, now: float) -> None:
         if ready.hard_state or ready.batches or ready.reset:
-            ticket = self._journal.save(ready.hard_state, ready.batches, ready.reset)
+            # A follower saves a lone entry here and now: to hand it to the writer's thread, and to be woken by it,
+            # takes as long as the fdatasync itself. A leader has better to do meanwhile.
+            lone = len(ready.batches) == 1 and ready.batches[0].first == ready.batches[0].last and not self.is_leader
+            ticket = self._journal.save(ready.hard_state, ready.batches, ready.reset, in_place=lone)
             last = ready.batches[-1] if ready.batches else None
             index, term = (last.last, last.term) if last else (0, 0)
             self._saving.append(_Saving(ticket, index, term, ready.hard_state, ready.after_save))
+            if self._journal.saved >= ticket:
+                self.saved(ticket, now)
         elif self._saving:
             self._saving[-1].messages.extend(ready.after_save)
         else:

@@ -650,3 +650,54 @@ def test_closing_does_not_wait_for_room(tmp_path: Path, disk: GatedDisk) -> None
     disk.room.set()
     with Log.open(tmp_path / "log") as log:
         assert (log.last, log.tail_cut) == ((1, 1), False)
+
+
+def test_a_save_in_place_is_durable_when_it_returns(tmp_path: Path, disk: GatedDisk) -> None:
+    loop = Loop()
+    log = Log.open(tmp_path / "log", disk=disk)
+    writer = loop.writer(log)
+    disk.syncs = 0
+    assert [writer.save(HardState(1), [batch(i, i)], in_place=True) for i in (1, 2)] == [1, 2]
+    assert (writer.saved, disk.syncs) == (2, 2)
+    assert log.read(2) == batch(2, 2).data
+    assert loop.calls.empty(), "nobody needs to be told what they did themselves"
+    writer.save(None, [batch(3, 3)])
+    assert loop.next() == ("saved", 3)
+    writer.close()
+
+
+def test_a_save_in_place_waits_its_turn_behind_what_the_thread_is_at(tmp_path: Path, disk: GatedDisk) -> None:
+    loop = Loop()
+    writer = loop.writer(Log.open(tmp_path / "log", disk=disk))
+    closed_gate(disk)
+    writer.save(HardState(1), [batch(1, 1)])
+    assert disk.waiting.acquire(timeout=10)
+    writer.save(None, [batch(2, 2)], in_place=True)
+    assert writer.saved == 0
+    disk.gate.set()
+    assert [loop.next(), loop.next()] == [("saved", 1), ("saved", 2)]
+    writer.close()
+
+
+def test_a_save_in_place_on_a_full_disk_is_left_to_the_thread(tmp_path: Path, disk: GatedDisk) -> None:
+    loop = Loop()
+    writer = loop.writer(Log.open(tmp_path / "log", disk=disk), room_retry_s=0.001)
+    disk.room.clear()
+    assert writer.save(HardState(1), [batch(1, 1)], in_place=True) == 1
+    assert writer.saved == 0
+    assert loop.next() == ("space", False)
+    disk.room.set()
+    assert [loop.next(), loop.next()] == [("space", True), ("saved", 1)]
+    writer.close()
+    with Log.open(tmp_path / "log") as log:
+        assert log.last == (1, 1)
+
+
+def test_a_save_in_place_on_a_failing_disk_raises(tmp_path: Path, disk: GatedDisk) -> None:
+    writer = Loop().writer(Log.open(tmp_path / "log", disk=disk))
+    disk.error = errno.EIO
+    with pytest.raises(OSError, match="simulated"):
+        writer.save(HardState(1), [batch(1, 1)], in_place=True)
+    assert writer.saved == 0
+    disk.error = None
+    writer.close()

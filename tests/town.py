@@ -51,12 +51,18 @@ class SlowJournal:
         self.town = town
         self.save_s = save_s
         self.stuck = False
+        self.saved = 0
         self.tickets = 0
         self.queue: deque[tuple[float, int]] = deque()
         self.data: dict[int, bytes] = {}
 
     def save(
-        self, hard_state: HardState | None, batches: Sequence[Batch], reset: tuple[int, int] | None = None
+        self,
+        hard_state: HardState | None,
+        batches: Sequence[Batch] = (),
+        reset: tuple[int, int] | None = None,
+        *,
+        in_place: bool = False,
     ) -> int:
         self.tickets += 1
         self.data.update((batch.first, batch.data) for batch in batches)
