@@ -108,7 +108,9 @@ class Discovery:
         if connection.cutter.error is not None:
             self._wrong(STRANGE)
         else:
-            self._complain("unreachable", f"the registry at {self._shown} can't be reached ({connection.reason}); trying on")
+            self._complain(
+                "unreachable", f"the registry at {self._shown} can't be reached ({connection.reason}); trying on"
+            )
         self._again(KNOCK_S, self._dial)
 
     def _again(self, delay_s: float, what: Callable[[], None]) -> None:

@@ -176,7 +176,11 @@ class Load:
     def _check_one(self, node: NodeServer, write: Write, item: dict[str, Any] | None) -> None:
         if write.rev is not None:
             assert item is not None, f"{node.name} lost {write}"
-            assert (item["value"], item["rev"], item["version"]) == (write.value, write.rev, 1), (node.name, write, item)
+            assert (item["value"], item["rev"], item["version"]) == (write.value, write.rev, 1), (
+                node.name,
+                write,
+                item,
+            )
         elif write.unknown:
             assert item is None or (item["value"], item["version"]) == (write.value, 1), (node.name, write, item)
         else:
@@ -260,7 +264,9 @@ def flood(node: NodeServer, count: int, prefix: str = "flood/") -> dict[str, int
     keys = [f"{prefix}{n:06d}" for n in range(count)]
     requests = b"".join(
         b"%d\n%b\n" % (len(payload), payload)
-        for payload in (b'{"op":"put","key":"%b","value":"%b","timeout":20}' % (key.encode(), b"v" * 64) for key in keys)
+        for payload in (
+            b'{"op":"put","key":"%b","value":"%b","timeout":20}' % (key.encode(), b"v" * 64) for key in keys
+        )
     )
     with socket.create_connection((node.host, node.port), timeout=20.0) as connection:
         sender = threading.Thread(target=connection.sendall, args=(requests,), daemon=True)

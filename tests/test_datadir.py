@@ -65,7 +65,7 @@ def test_a_log_that_has_gone_missing_is_noticed(tmp_path: Path) -> None:
     directory.change(born=True)
     directory.close()
     shutil.rmtree(tmp_path / "log")
-    with pytest.raises(StartupError, match="log of .* is missing"):
+    with pytest.raises(StartupError, match=r"log of .* is missing"):
         DataDirectory.open(tmp_path)
 
 

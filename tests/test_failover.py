@@ -101,7 +101,9 @@ def test_a_leader_cut_off_from_the_rest_answers_neither_a_write_nor_a_linearizab
         network.heal()
         three.wait(lambda: old.role() == "follower", what="the old leader follows")
         written, read = (reply.result() for reply in late)
-        assert read.get("value") != "before", "a read that waited through the cut missed what was acknowledged meanwhile"
+        assert read.get("value") != "before", (
+            "a read that waited through the cut missed what was acknowledged meanwhile"
+        )
         final = {node.ask(op="get", key="k")["value"] for node in three.nodes}
         assert final == {"lost?"} if written.get("ok") else final in ({"after"}, {"lost?"})
         three.wait_ready()

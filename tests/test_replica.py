@@ -114,7 +114,7 @@ def test_an_overwritten_write_is_proposed_again_and_done_once() -> None:
 def test_a_forwarded_write_whose_leader_is_lost_is_of_unknown_outcome() -> None:
     town = Town()
     leader = town.leader()
-    follower, other = followers(town)
+    follower = followers(town)[0]
     town.isolate(leader)
     asked = town.write(follower, key="k", value=1)
     town.turn()
