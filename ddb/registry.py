@@ -36,7 +36,6 @@ log = logging.getLogger("ddb.registry")
 
 STUCK_WARNING_S: Final = 10.0
 DRAIN_S: Final = 1.0
-REQUEST_BYTES_MAX: Final = 64 << 10
 
 Operation = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -217,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             loop = stack.enter_context(Loop())
             roster = Roster(file.load(), time.monotonic(), settings.ttl)
             registry = Registry(roster, file)
-            limits = Limits(frame_bytes_max=REQUEST_BYTES_MAX)
+            limits = Limits(frame_bytes_max=settings.max_frame)
             server = Server(loop, registry, settings.host, settings.port, limits)
             stack.callback(server.close)
             log.info("registry listening on %s, data in %s", format_address(*server.address), settings.data_dir)
@@ -251,6 +250,9 @@ def _settings(arguments: Sequence[str] | None) -> Any:
         help="where its memory is (default ddb-data-registry)",
     )
     parser.setting("--ttl", type=seconds(0.1, 3600), default=3.0, help="seconds until a silent node is forgotten (3)")
+    parser.setting(
+        "--max-frame", type=whole(1024, 64 << 20), default=16 << 20, help="bytes of the largest request (16 MiB)"
+    )
     return parser.parse_args(arguments)
 
 
