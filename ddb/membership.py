@@ -32,10 +32,12 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the leader knows of a member: for how long it has not been heard, and whether its log is up to date."""
+    """What the leader knows of a member: for how long it has not been heard, whether its log is up to date, and whether
+    a connection to it stands."""
 
     silent_s: float
     caught_up: bool
+    connected: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def _alive(standing: Standing | None, patience: Patience) -> bool:
 def _speaks(standing: Standing | None, patience: Patience) -> bool:
     """Whether there is no reason to think that it is dying. A newcomer that comes in a dead voter's place may well stand
     ready before the voter counts as dead; promoted beside it, it would never take its place."""
-    return standing is not None and standing.silent_s < patience.unsure_after_s
+    return standing is not None and standing.connected and standing.silent_s < patience.unsure_after_s
 
 
 def _correct_address(config: Configuration, sightings: Mapping[str, Sighting]) -> Configuration | None:

@@ -316,6 +316,7 @@ class Node:
             id: Standing(
                 now - p.heard_at,
                 not p.probing and not p.snapshot and raft.log.last_index - p.match <= CAUGHT_UP_ENTRIES,
+                self.replica.reaches(id),
             )
             for id, p in raft.progress.items()
         }  # fmt: skip

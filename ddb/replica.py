@@ -220,6 +220,10 @@ class Replica:
         """Whether this member leads, as far as it knows."""
         return self.raft.role is Role.LEADER
 
+    def reaches(self, peer: str) -> bool:
+        """Whether a connection to `peer` stands."""
+        return peer in self._reachable
+
     def write(self, entry: bytes, command: Command, waiter: Waiter) -> None:
         """Have `entry` (which encodes `command`) committed, and `waiter` told the outcome."""
         if self._is_full:
