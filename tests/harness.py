@@ -218,12 +218,17 @@ class Server:
         self._signal(signal.SIGTERM)
 
     def term(self, timeout_s: float = 10.0) -> int:
-        """SIGTERM, wait, return the exit status. Raises TimeoutExpired where it does not leave."""
+        """SIGTERM, wait, return the exit status. Raises AssertionError where it does not leave."""
         self._signal(signal.SIGTERM)
-        assert self._process is not None
-        status = self._process.wait(timeout_s)
+        return self.wait_ended(timeout_s)
+
+    def wait_ended(self, timeout_s: float = 10.0) -> int:
+        """Wait until the process has ended by itself, and return its exit status."""
+        process = self._process
+        assert process is not None, f"{self.name} was never started"
+        wait(lambda: process.poll() is not None, timeout_s, f"{self.name} ends; its log:\n{self.log}")
         _running.discard(self)
-        return status
+        return int(process.returncode)
 
     def restart(self) -> None:
         """kill -9 where it still runs, then start again: the same directory, the same port."""

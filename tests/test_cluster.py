@@ -252,7 +252,7 @@ def test_a_removed_member_ends_and_is_refused_for_good(cluster: Clusters, whom: 
 
 def assert_one_sentence(node: NodeServer, words: str) -> None:
     """The node has ended with exit code 1 and one line that holds `words`, without a traceback."""
-    assert node._process is not None and node._process.wait() == 1
+    assert node.wait_ended() == 1, node.log
     assert "Traceback" not in node.log, node.log
     assert len([line for line in node.log.splitlines() if words in line]) == 1, node.log
 

@@ -137,7 +137,8 @@ def test_a_torn_last_record_is_recovered_and_the_members_doubt_is_cleared(cluste
     with path.open("rb+") as file:
         file.truncate(offset + (kept if kept > 0 else len(line) - 1))
     torn.start()
-    assert re.search(r"byte \d+: no valid record begins here; the log is cut there", torn.log), torn.log
+    said = re.compile(r"byte \d+: no valid record begins here; the log is cut there")
+    three.wait(lambda: said.search(torn.log), what="it says what it has cut")
     three.wait_equal()
     three.wait(lambda: not in_doubt(torn), what="the leader has confirmed its log")
     assert {key: item["rev"] for key, item in rows(torn).items()} == revs
@@ -170,7 +171,7 @@ def test_a_power_failure_that_tears_every_nodes_log_ends_in_one_cluster(cluster:
 def refused(node: NodeServer, *words: str) -> None:
     """The node does not start: exit code 1, one sentence with all of `words`, no traceback."""
     node.spawn()
-    assert node._process is not None and node._process.wait(10) == 1, node.log
+    assert node.wait_ended() == 1, node.log
     assert "Traceback" not in node.log, node.log
     errors = [line for line in node.log.splitlines() if " ERROR " in line or " CRITICAL " in line]
     assert len(errors) == 1 and all(word in errors[0] for word in words), node.log

@@ -314,7 +314,7 @@ def ends(server: Server, number: signal.Signals, within_s: float) -> None:
     """`number` ends the process with exit code 0 within `within_s`, and it says that it leaves."""
     began_at = time.monotonic()
     os.kill(server.pid, number)
-    assert server._process is not None and server._process.wait(10) == 0, server.log
+    assert server.wait_ended() == 0, server.log
     assert time.monotonic() - began_at < within_s
     assert "Traceback" not in server.log
     assert re.search(r"left|stopped", server.log), server.log
@@ -354,5 +354,5 @@ def test_two_signals_are_one(cluster: Clusters) -> None:
     for server in one.servers:
         os.kill(server.pid, signal.SIGTERM)
         os.kill(server.pid, signal.SIGINT)
-        assert server._process is not None and server._process.wait(5) == 0, server.log
+        assert server.wait_ended() == 0, server.log
         assert "Traceback" not in server.log
