@@ -148,10 +148,14 @@ class Chaos:
             self.net.start(self.rng.choice(down).id)
 
     def may_forget(self, peer: Peer) -> bool:
-        """Fewer than half the voters may be in doubt at once: what a majority forgets is gone."""
-        voters = min((len(p.up.config.voters) for p in self.net.running if p.up.config.members), default=0)
+        """Fewer than half the voters may be impaired at once: what a majority forgets is gone. And none while a change of
+        the members is under way: a learner may then hold entries that decide, and not know that it may stand."""
+        known = {p.up.config for p in self.net.running if p.up.config.members}
+        if len(known) != 1 or len(self.net.running) < len(self.net.peers):
+            return False
+        voters = known.pop().voters
         impaired = sum(self.is_impaired(p) for p in self.net.peers.values() if p is not peer)
-        return impaired + 1 <= (voters - 1) // 2
+        return impaired + 1 <= (len(voters) - 1) // 2
 
     def is_impaired(self, peer: Peer) -> bool:
         doubt = peer.raft.doubt if peer.raft else peer.disk.recover()[1].doubt
