@@ -25,15 +25,13 @@ import contextlib
 import logging
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from operator import attrgetter
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Final
 
-from ddb.codec import decode_batch
 from ddb.disk import Disk, OsDisk
 from ddb.errors import Compacted, CorruptLog, DdbError, ReadOnly, StartupError, invariant
 from ddb.messages import Batch, HardState
@@ -253,14 +251,6 @@ class Log:
                     return segment.payload_at(self._disk, place[2], place[3])
             oldest = self.base[0] + 1
         raise Compacted(f"the log keeps no batch that begins at {first}; it begins at {oldest}", oldest=oldest)
-
-    def replay(self, after: int) -> Iterator[Batch]:
-        """The recovered batches with entries past index `after`, in order, each decoded when its turn comes.
-
-        For the time between `open` and the first `write`.
-        """
-        for batch in self.batches[bisect_right(self.batches, after, key=attrgetter("last")) :]:
-            yield decode_batch(self.read(batch.first))
 
     def drop_below(self, index: int) -> tuple[int, int]:
         """Remove the segments that hold no entry past `index`; the active one always stays.
