@@ -122,7 +122,8 @@ def not_writable(path: Path, reason: object) -> StartupError:
 
 def corrupt(path: Path, what: str) -> CorruptStore:
     """The error that says `what` is wrong with the file at `path`."""
-    return CorruptStore(f"The snapshot {path} is damaged: {what}.", file=str(path))
+    sentence = " ".join(what.split())  # SQLite has its own idea of a line
+    return CorruptStore(f"The snapshot {path} is damaged: {sentence}.", file=str(path))
 
 
 @contextmanager

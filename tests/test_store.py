@@ -1002,3 +1002,10 @@ def test_the_rows_let_go_of_are_freed() -> None:
         if thread.name == "ddb-free":
             thread.join()
     assert not many
+
+
+def test_what_sqlite_says_in_several_lines_is_one_sentence(tmp_path: Path) -> None:
+    error = snapshot.corrupt(
+        tmp_path / "state.db", "*** in database main ***\nPage 55: btreeInitPage() returns error code 11"
+    )
+    assert "\n" not in error.message and "main *** Page 55" in error.message
