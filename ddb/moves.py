@@ -311,9 +311,11 @@ class _Reader:
         return text
 
     def _move(self, operation: Operation, told: Reply | None, component: Component) -> Move:
-        command = self._command(operation.request)
+        command, request_key = self._command(operation.request), operation.request.get("key")
         if told is not None and getattr(command, "conditions", None) is not None and not isinstance(command, Txn):
             told.setdefault("applied", True)
+        if told is not None and operation.reply and operation.reply.get("key", request_key) != request_key:
+            told["key"] = operation.reply["key"]  # the answer to another question, which no right reply has
         own = told is not None and told.get("applied", True) and not isinstance(command, Get | Range)
         rev = told.get("rev") if told is not None and own else None
         read_rev = None
@@ -463,7 +465,8 @@ def _given(command: Command, told: Reply) -> Iterator[Value]:
 def _found(command: Command, told: Reply) -> Value | None:
     """The value that a command must find, by what was told of it."""
     if isinstance(command, Incr) and is_integer(told.get("value", "")):
-        return command.position, str(int(told["value"]) - command.by)
+        before = int(told["value"]) - command.by
+        return (command.position, str(before)) if before else None  # 0, or absent
     if isinstance(command, Get) or (isinstance(command, Put | Delete) and told.get("applied") is False):
         if told.get("found") is False:
             return command.position, None

@@ -36,7 +36,7 @@ from ddb.history import Operation, Outcome
 from ddb.moves import Component, Move
 from ddb.spec import State, Value
 
-CONFIGURATIONS_MAX: Final = 1_000_000  # some 400 bytes each
+CONFIGURATIONS_MAX: Final = 500_000  # some 500 bytes each
 
 _Path = tuple[Any, int, int] | None
 """the path before, the move, the event at which it was placed (or -1: hidden by a later one)"""
@@ -157,16 +157,16 @@ class Search:
                 self._last_wanted[move.wants] = number
 
     def _note_floors(self) -> None:
-        """Note at each event the lowest revision that somebody called later wrote or saw; nothing above it may be written
-        before."""
-        lowest = (float("inf"), -1)
-        alone = len(self.component.keys) == 1
+        """Note at each event the lowest revision at which somebody called later wrote, or read all: the log can't have
+        got further."""
+        lowest: tuple[float, int] = (float("inf"), -1)
         for number in reversed(self._events):
             self._lowest_after.append(lowest)
             if number >= 0:
                 move = self._moves[number]
-                seen = (move.told or {}).get("rev") if alone else move.read_rev
-                lowest = min([lowest, *((rev, number) for rev in (move.rev, seen) if rev)])
+                rev = move.rev if move.rev is not None else move.read_rev
+                if rev is not None:
+                    lowest = min(lowest, (rev, number))
         self._lowest_after.reverse()
 
     # The search

@@ -20,7 +20,9 @@ from ddb.history import Operation, Outcome, ask_in_short, told_in_short
 
 OVERLAPPING_MAX: Final = 10
 RELATED_MAX: Final = 4
-RECENT_MAX: Final = 6
+PENDING_MAX: Final = 3
+RECENT_MAX: Final = 5
+CHANGES_MAX: Final = 2
 LABEL_CHARACTERS_MAX: Final = 40
 CHARACTER_PX: Final = 7.3
 ROW_PX: Final = 30
@@ -68,12 +70,14 @@ def shown(counterexample: Counterexample) -> list[Operation]:
     others = [operation for operation in counterexample.operations if operation is not culprit]
     overlapping = [o for o in others if o.called <= end and (o.returned is None or o.returned >= culprit.called)]
     answered = [o for o in overlapping if o.outcome is Outcome.DONE]
-    pending = [o for o in overlapping if o.outcome is not Outcome.DONE and o.called >= culprit.called]
+    pending = [o for o in overlapping if o.outcome is not Outcome.DONE]
     marks = _marks(culprit.reply or {})
     related = [o for o in others if marks & (_marks(o.request) | _marks(o.reply or {})) and _keys(o) & _keys(culprit)]
     writers = [o for o in related if o.request.get("op") != "get"]
-    chosen = [culprit, *(answered + pending)[-OVERLAPPING_MAX:], *writers[:1], *related[-RELATED_MAX:]]
-    chosen += [o for o in counterexample.explained if o.request.get("op") != "get"][-RECENT_MAX:]
+    explained = counterexample.explained
+    changes = [o for o in explained if o.request.get("op") != "get"]
+    chosen = [culprit, *answered[-OVERLAPPING_MAX:], *pending[-PENDING_MAX:], *writers[:1], *related[-RELATED_MAX:]]
+    chosen += [*explained[-RECENT_MAX:], *changes[-CHANGES_MAX:]]
     unique = {id(operation): operation for operation in chosen}
     return sorted(unique.values(), key=lambda operation: (operation.called, operation.client))
 
