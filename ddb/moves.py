@@ -51,11 +51,11 @@ OF_REVISIONS: Final = frozenset({"rev", "created", "version"})
 class Move:
     """An operation, ready to be tried: the command, what was told of it, and what is known of it beforehand.
 
-    `blind`: done, or perhaps done, in any state, and what it leaves does not depend on the state. `steady`: may leave
-    the state as it is. `gives` are all values that it may put anywhere
-    (but for those in rows that are `opaque`, see Component), `wants` is the one that it must find (None: not known), `hint` is where in
-    the order of revisions it should be: the first to be tried. `version` is
-    what its only key's version must be before it (None: any; 0: absent).
+    `told` is None where the outcome is unknown. `rev` is the revision of the write: told, or seen by somebody else. `blind` says
+    that it may be done in any state, and that what it leaves does not depend on the state; `steady`, that it never
+    changes the state. `gives` are all values that it may put anywhere, but for those in opaque rows (see Component), and
+    `wants` those that it must find. `hint` is where in the order of revisions it should be. `version` is a row, and the
+    version that it must have before (0: absent).
     """
 
     operation: Operation
@@ -67,26 +67,31 @@ class Move:
     blind: bool
     steady: bool
     gives: tuple[Value, ...] = ()
-    wants: Value | None = None
+    wants: tuple[Value, ...] = ()
     hint: float | None = None
-    version: int | None = None
+    version: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
 class Component:
     """Some keys and all that was done to them. `moves` are in the order of their calls; what surely never happened
-    and what tells nothing (reads without a reply) is not among them."""
+    and what tells nothing (reads without a reply) is not among them.
+
+    `versions` are counted if somebody was told one, and revisions `tracked` likewise. `unclaimed` leads from each revision
+    that a write was told to the next that none was; `bound` are those that are known of unknown moves. In `opaque` rows,
+    moves may put values that nothing tells beforehand; elsewhere, values of `once` are put there by one move at most.
+    """
 
     keys: tuple[str, ...]
+    unclaimed: Mapping[int, int]
     moves: list[Move] = field(default_factory=list)
-    versions: bool = False  # counted, for somebody was told one
-    tracked: bool = False  # somebody was told a revision
-    unclaimed: Mapping[int, int] = field(
-        default_factory=dict
-    )  # from each revision that a write was told, the next that none was
+    versions: bool = False
+    tracked: bool = False
+    bound: set[int] = field(default_factory=set)
     deletes: bool = False  # there is a move that may remove a key
-    opaque: set[int] = field(default_factory=set)  # rows in which moves may put values that are not known beforehand
     growth_max: int = 1  # by how much one move can raise a key's version
+    opaque: set[int] = field(default_factory=set)
+    once: set[Value] = field(default_factory=set)
 
     @property
     def initial(self) -> State:
@@ -103,6 +108,8 @@ class Component:
             last = rev
         elif self.tracked and not move.steady:
             lowest = self.unclaimed.get(last + 1, last + 1)
+            while lowest in self.bound:
+                lowest = self.unclaimed.get(lowest + 1, lowest + 1)
             stamps = tuple(Stamp(~(lowest - 1), stamp.versions, stamp.choice) for stamp in stamps)
             last = lowest
         elif move.read_rev is not None and move.read_rev < last:
@@ -246,7 +253,7 @@ class _Reader:
         ]
         for operation in self._operations:
             self._note_uses(operation.request)
-        component = Component(self._keys, unclaimed=unclaimed)
+        component = Component(self._keys, unclaimed)
         component.versions = any(map(_tells_version, told))
         component.tracked = any(move_told is not None and _tells_revision(move_told) for move_told in told)
         for operation, reply in zip(self._operations, told, strict=True):
@@ -261,6 +268,7 @@ class _Reader:
             component.deletes = component.deletes or any(isinstance(part, Delete) for part in parts)
             component.opaque.update(_unforeseen(move))
             component.growth_max = max(component.growth_max, len(parts))
+        _recognise(component)
         return component
 
     def _told(self, reply: Mapping[str, Any] | None) -> Reply:
@@ -333,7 +341,7 @@ class _Reader:
             blind=overwrites and not told and not (component.tracked or component.versions),
             steady=rev is None and told is not None and _changes_nothing(command, told),
         )  # fmt: skip
-        _add_hints(move, component.versions and len(self._keys) == 1)
+        _add_hints(move, component.versions)
         return move
 
     def _command(self, request: Mapping[str, Any]) -> Command:
@@ -433,10 +441,10 @@ def _tells_revision(told: Reply) -> bool:
     )
 
 
-def _add_hints(move: Move, versioned: bool) -> None:
+def _add_hints(move: Move, versions: bool) -> None:
     """Fill in what is known of `move` beforehand; see Move."""
     command, told = move.command, move.told or {}
-    move.wants = _found(command, told)
+    move.wants = tuple((position, value) for position, value, _ in _found(command, told))
     if not move.steady:
         move.gives = tuple(_given(command, told))
     seen = move.rev if move.read_rev is None else move.read_rev
@@ -444,11 +452,11 @@ def _add_hints(move: Move, versioned: bool) -> None:
         seen = told.get("rev")
     if seen is not None:
         move.hint = seen if move.rev is not None else seen + 0.5
-    if versioned and isinstance(told.get("version"), int):
+    if versions and "version" in told:
         if isinstance(command, Put | Incr):
-            move.version = told["version"] - 1
+            move.version = command.position, told["version"] - 1
         elif isinstance(command, Get):
-            move.version = told["version"]
+            move.version = command.position, told["version"]
 
 
 def _given(command: Command, told: Reply) -> Iterator[Value]:
@@ -462,14 +470,50 @@ def _given(command: Command, told: Reply) -> Iterator[Value]:
             yield part.position, told["value"]
 
 
-def _found(command: Command, told: Reply) -> Value | None:
-    """The value that a command must find, by what was told of it."""
+def _found(command: Command, told: Reply) -> Iterator[tuple[int, str | None, int]]:
+    """What a command must have found, by what was told of it: the position of a row, its value, and its revision (0 where that
+    was not told)."""
     if isinstance(command, Incr) and is_integer(told.get("value", "")):
         before = int(told["value"]) - command.by
-        return (command.position, str(before)) if before else None  # 0, or absent
-    if isinstance(command, Get) or (isinstance(command, Put | Delete) and told.get("applied") is False):
+        if before:  # else it was 0, or absent
+            yield command.position, str(before), 0
+    elif isinstance(command, Get) or (isinstance(command, Put | Delete) and told.get("applied") is False):
         if told.get("found") is False:
-            return command.position, None
-        if "value" in told:
-            return command.position, told["value"]
-    return None
+            yield command.position, None, 0
+        elif "value" in told:
+            yield command.position, told["value"], told.get("rev", 0)
+    elif isinstance(command, Range):
+        positions = dict(zip(command.keys, command.positions, strict=True))
+        for item in told.get("items", ()):
+            if "value" in item and item["key"] in positions:
+                yield positions[item["key"]], item["value"], item.get("rev", 0)
+    elif isinstance(command, Txn) and "succeeded" in told:
+        written: set[int] = set()
+        for part, result in zip(command.then if told["succeeded"] else command.otherwise, told.get("results", ())):
+            yield from (found for found in _found(part, result) if found[0] not in written)
+            written |= part.writes
+
+
+def _recognise(component: Component) -> None:
+    """Find the values that come but once. Where somebody saw one of an unknown move, and at which revision, that is the revision
+    of the move: so it did happen, and where is known."""
+    sources: dict[Value, Move | None] = {}
+    for position in range(len(component.keys)):
+        sources[position, None] = None
+        if not component.deletes:
+            component.once.add((position, None))
+    for move in component.moves:
+        for value in move.gives:
+            if value in sources or value[0] in component.opaque:
+                sources[value] = None
+                component.once.discard(value)
+            else:
+                sources[value] = move
+                component.once.add(value)
+    for move in component.moves:
+        for position, text, rev in _found(move.command, move.told or {}):
+            source = sources.get((position, text))
+            if rev > 0 and source is not None and source.told is None and source.rev is None:
+                source.rev = source.hint = rev
+                source.stamps = tuple(Stamp(rev, stamp.versions, stamp.choice) for stamp in source.stamps)
+                component.bound.add(rev)

@@ -148,13 +148,8 @@ class Search:
 
     def _note_wants(self) -> None:
         """Note until when each value that only one move can have written must stay."""
-        givers: dict[Value, int] = {(position, None): 1 for position in range(len(self.component.keys))}
-        for move in self._moves:
-            for value in move.gives:
-                givers[value] = givers.get(value, 0) + 1
         for number, move in enumerate(self._moves):
-            if move.wants is not None and givers.get(move.wants) == 1 and move.wants[0] not in self.component.opaque:
-                self._last_wanted[move.wants] = number
+            self._last_wanted.update((value, number) for value in move.wants if value in self.component.once)
 
     def _note_floors(self) -> None:
         """Note at each event the lowest revision at which somebody called later wrote, or read all: the log can't have
@@ -224,23 +219,32 @@ class Search:
             path = (at.path, due, -1)
             yield _Configuration(at.event + 1, at.state, at.done, at.free & ~self._bits[due], at.used, path, None)
         waiting = [number for number in self._open[at.event] if not at.done & self._bits[number]]
-        for number in sorted(waiting, key=lambda number: self._promise(number, due)):
-            yield from self._place(at, number, waiting)
-        # Unknown ones come last, and are not even looked at unless all else has failed: there may be many.
-        called = [n for n in self._unknown if self._called_at[n] < at.event]
-        unused = [n for n in called if not at.used & self._bits[n]]
+        called = [n for n in self._unknown if self._called_at[n] < at.event and not at.used & self._bits[n]]
+        known = waiting + [number for number in called if self._moves[number].rev is not None]
+        for number in sorted(known, key=lambda number: self._promise(number, due)):
+            yield from self._place(at, number, known)
+        # Other unknown ones come last, and are not even looked at unless all else has failed: there may be many.
         firsts: dict[int, int] = {}
-        for number in unused:
-            firsts.setdefault(self._alike[number], number)
-        cap = max((self._version_before(number) for number in waiting), default=float("inf"))
+        for number in called:
+            if self._moves[number].rev is None:
+                firsts.setdefault(self._alike[number], number)
         for number in sorted(firsts.values(), key=lambda number: self._promise(number, due)):
-            for after in self._place(at, number, waiting):
-                version = self._version(after.state)
-                wanted = self._moves[due].version
-                growth = (len(waiting) + len(unused)) * self.component.growth_max
-                if version > cap or (wanted is not None and wanted > version + growth):
-                    continue  # nobody who waits can come next; or not all together could bring about what is due
-                yield after
+            for after in self._place(at, number, known):
+                if not self._goes_astray(after.state, due, known, len(called)):
+                    yield after
+
+    def _goes_astray(self, state: State, due: int, next_ones: list[int], unused: int) -> bool:
+        """Whether the versions say that the unknown move, which has led to `state`, was in vain: none of the `next_ones` can come
+        next; or all together can't bring about what is due."""
+        if not self.component.versions or len(state[1]) != 1:
+            return False
+        version = self._version(state, 0)
+        versions = [self._moves[number].version for number in next_ones]
+        if all(wanted is not None and wanted[1] < version for wanted in versions):
+            return True
+        wanted = self._moves[due].version
+        growth = (len(next_ones) + unused) * self.component.growth_max
+        return wanted is not None and wanted[1] > version + growth
 
     def _promise(self, number: int, due: int) -> tuple[int, float]:
         """A sort key: what should be tried before what, when the move `due` has to be placed."""
@@ -249,7 +253,7 @@ class Search:
             return 1, 0
         if move.hint is not None and goal.hint is not None:
             return (0 if move.hint < goal.hint else 4), move.hint
-        if goal.wants is not None and goal.wants in move.gives:
+        if not set(goal.wants).isdisjoint(move.gives):
             return 2, number
         return 3, number
 
@@ -271,9 +275,9 @@ class Search:
         """Whether the move has a chance in `state`: what can be told at a glance."""
         if move.rev is not None and move.rev <= state[0]:
             return False
-        if move.version is not None and move.version != self._version(state):
+        if move.version is not None and move.version[1] != self._version(state, move.version[0]):
             return False
-        return move.wants is None or self._has(state, move.wants)
+        return all(self._has(state, value) for value in move.wants)
 
     def _hides(self, move: Move, state: State, unseen: tuple[int, State]) -> bool:
         """Whether the move, which has led to `state`, makes what was done right before it vain."""
@@ -299,8 +303,7 @@ class Search:
             done |= bits[number]
             free &= ~bits[number]
         path: _Path = (at.path, number, at.event)
-        seen = False
-        version = self._version(state) if not self.component.deletes else -1
+        seen, deletes = False, self.component.deletes
         overtaken = self._overtaken(at, state, move)
         if overtaken is None:
             return None
@@ -310,9 +313,9 @@ class Search:
             one = moves[other]
             if one.rev is not None and one.rev <= state[0]:
                 return None
-            if one.version is not None and one.version < version:
+            if one.version is not None and one.version[1] < self._version(state, one.version[0]) and not deletes:
                 return None
-            if one.wants is not None and one.wants in overtaken:
+            if overtaken and not overtaken.isdisjoint(one.wants):
                 return None
             if one.steady and self._may(state, one) and successors(state, one):
                 done |= bits[other]
@@ -324,9 +327,9 @@ class Search:
         unseen = (number, at.state) if not seen and (move.blind or move.told is None) else None
         return _Configuration(at.event, state, done, free, used, path, unseen)
 
-    def _overtaken(self, at: _Configuration, state: State, move: Move) -> list[Value] | None:
+    def _overtaken(self, at: _Configuration, state: State, move: Move) -> set[Value] | None:
         """The values that are gone for good in `state`; None where somebody who is called later has seen one of them."""
-        gone = []
+        gone = set()
         for position in move.command.writes:
             before, after = at.state[1][position], state[1][position]
             value = (position, None if before is None else before[0])
@@ -335,7 +338,7 @@ class Search:
             if self._called_at[self._last_wanted[value]] > at.event:
                 self._blame(at.event, self._last_wanted[value])
                 return None
-            gone.append(value)
+            gone.add(value)
         return gone
 
     def _blame(self, event: int, number: int) -> None:
@@ -352,15 +355,9 @@ class Search:
         row = state[1][wanted[0]]
         return (None if row is None else row[0]) == wanted[1]
 
-    def _version(self, state: State) -> int:
-        """The version of the only key; 0 where there are several, or versions are not counted."""
-        if not self.component.versions or len(state[1]) != 1 or state[1][0] is None:
-            return 0
-        return state[1][0][3] or 0
-
-    def _version_before(self, number: int) -> float:
-        version = self._moves[number].version
-        return float("inf") if version is None else version
+    def _version(self, state: State, position: int) -> int:
+        row = state[1][position]
+        return 0 if row is None else row[3] or 0
 
     # What came of it
 
