@@ -4,17 +4,17 @@ Laws:
 
 * "Linearizable" is never a guess: the order found is played through once more before it is said. Revisions that replies
   tell are hints where to look first, and then claims to be held to; they are never believed.
-* "Not linearizable" is never a guess either: it is said when nothing is left to try. Where there is too much to try, the
-  verdict is neither, and says so.
+* "Not linearizable" is never a guess either: it is said when nothing is left to try. Where there is too much to try,
+  the verdict is neither, and says so.
 
 Theory. A history is linearizable if its operations can be put in one order, each somewhere between its call and its
 return, in which every reply is right (Herlihy and Wing 1990). An operation of unknown outcome has no return: it may
 stand anywhere after its call, or nowhere. Wing and Gong (1993) search for such an order by trying what may
 come next (search.py). Linearizability is local, so each component of the keys (moves.py) is judged by itself.
 
-A history that isn't linearizable has a smallest prefix that isn't. The operation whose return ends it is the *culprit*: all
-that returned before can be explained, and with it no longer. That need not be the operation that a bug went wrong in, but
-it is the first moment at which the clients could have known.
+A history that isn't linearizable has a smallest prefix that isn't. The operation whose return ends it is the *culprit*:
+all that returned before can be explained, and with it no longer. That need not be the operation that a bug went wrong
+in, but it is the first moment at which the clients could have known.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _Explanation = tuple[tuple[Operation, ...], Mapping[str, str | None]]
 class Counterexample:
     """The smallest prefix of a component's history that no order explains.
 
-    `operations` are those called before `culprit` returned, by their calls, what had not returned then without its reply.
-    `explained` is an order that explains all that returned before the culprit did, and `rows` are the values after it, as
-    JSON texts (None: absent; empty: something that nobody saw).
+    `operations` are those called before `culprit` returned, by their calls, what had not returned then without its
+    reply. `explained` is an order that explains all that returned before the culprit did, and `rows` are the values
+    after it, as JSON texts (None: absent; empty: something that nobody saw).
     `values_alone` says whether the prefix is linearizable when the revisions and versions told are disregarded; None
     where that was not asked or is not known.
     """
@@ -140,8 +140,8 @@ def _operations(component: Component, order: Sequence[int]) -> tuple[Operation, 
 class _Shrinker:
     """Finds the smallest prefix of a history in which one component, known to be refuted as a whole, is refuted.
 
-    A prefix ends with a return: what was called later is left out, and what had not returned is of unknown outcome. The search
-    itself can't say which prefix it is, for it looks ahead: it may stop long before, where it sees that somebody
+    A prefix ends with a return: what was called later is left out, and what had not returned is of unknown outcome. The
+    search itself can't say which prefix it is, for it looks ahead: it may stop long before, where it sees that somebody
     will be told what is true no more.
     """
 
@@ -189,7 +189,8 @@ class _Shrinker:
         return self._found[rank]
 
     def _explain(self, rank: int) -> _Explanation | None:
-        """An order of the prefix that ends with the return of this rank, and the rows after it; None where it is refuted."""
+        """An order of the prefix that ends with the return of this rank, and the rows after it; None where it is
+        refuted."""
         explained: tuple[Operation, ...] = ()
         rows: dict[str, str | None] = {}
         for part in self._parts(rank):

@@ -8,8 +8,8 @@ Laws:
   was called, or never. Only an error that says "surely not done" (errors.py, `definite`) rules that out.
 
 Theory. Times are numbers of one clock that all clients share, in any unit; only their order counts. An operation that
-returned at 5 came before one that was called at 6, but is concurrent with one that was called at 5: where the clock can't
-tell, nothing is claimed. Each attempt is an operation of its own: a client that asks again after an unknown
+returned at 5 came before one that was called at 6, but is concurrent with one that was called at 5: where the clock
+can't tell, nothing is claimed. Each attempt is an operation of its own: a client that asks again after an unknown
 outcome has asked for two things, of which both may happen.
 
 A history file is JSON lines, one operation each, in any order, so that `grep` and `jq` work on it:

@@ -51,11 +51,11 @@ OF_REVISIONS: Final = frozenset({"rev", "created", "version"})
 class Move:
     """An operation, ready to be tried: the command, what was told of it, and what is known of it beforehand.
 
-    `told` is None where the outcome is unknown. `rev` is the revision of the write: told, or seen by somebody else. `blind` says
-    that it may be done in any state, and that what it leaves does not depend on the state; `steady`, that it never
-    changes the state. `gives` are all values that it may put anywhere, but for those in opaque rows (see Component), and
-    `wants` those that it must find. `hint` is where in the order of revisions it should be. `version` is a row, and the
-    version that it must have before (0: absent).
+    `told` is None where the outcome is unknown. `rev` is the revision of the write: told, or seen by somebody else.
+    `blind` says that it may be done in any state, and that what it leaves does not depend on the state; `steady`, that
+    it never changes the state. `gives` are all values that it may put anywhere, but for those in opaque rows (see
+    Component), and `wants` those that it must find. `hint` is where in the order of revisions it should be. `version`
+    is a row, and the version that it must have before (0: absent).
     """
 
     operation: Operation
@@ -77,9 +77,10 @@ class Component:
     """Some keys and all that was done to them. `moves` are in the order of their calls; what surely never happened
     and what tells nothing (reads without a reply) is not among them.
 
-    `versions` are counted if somebody was told one, and revisions `tracked` likewise. `unclaimed` leads from each revision
-    that a write was told to the next that none was; `bound` are those that are known of unknown moves. In `opaque` rows,
-    moves may put values that nothing tells beforehand; elsewhere, values of `once` are put there by one move at most.
+    `versions` are counted if somebody was told one, and revisions `tracked` likewise. `unclaimed` leads from each
+    revision that a write was told to the next that none was; `bound` are those that are known of unknown moves. In
+    `opaque` rows, moves may put values that nothing tells beforehand; elsewhere, values of `once` are put there by one
+    move at most.
     """
 
     keys: tuple[str, ...]
@@ -126,8 +127,8 @@ class Component:
 
 
 def components(history: Sequence[Operation], revisions: bool, claimed: Iterable[int] | None = None) -> list[Component]:
-    """The components of `history`, by their first keys. Without `revisions`, whatever was told of revisions and versions is
-    disregarded. `claimed` are the revisions that writes were told; those in `history` when not given.
+    """The components of `history`, by their first keys. Without `revisions`, whatever was told of revisions and
+    versions is disregarded. `claimed` are the revisions that writes were told; those in `history` when not given.
 
     Raises BadHistory where an operation isn't one that the specification knows.
     """
@@ -471,8 +472,8 @@ def _given(command: Command, told: Reply) -> Iterator[Value]:
 
 
 def _found(command: Command, told: Reply) -> Iterator[tuple[int, str | None, int]]:
-    """What a command must have found, by what was told of it: the position of a row, its value, and its revision (0 where that
-    was not told)."""
+    """What a command must have found, by what was told of it: the position of a row, its value, and its revision (0
+    where that was not told)."""
     if isinstance(command, Incr) and is_integer(told.get("value", "")):
         before = int(told["value"]) - command.by
         if before:  # else it was 0, or absent
@@ -495,8 +496,8 @@ def _found(command: Command, told: Reply) -> Iterator[tuple[int, str | None, int
 
 
 def _recognise(component: Component) -> None:
-    """Find the values that come but once. Where somebody saw one of an unknown move, and at which revision, that is the revision
-    of the move: so it did happen, and where is known."""
+    """Find the values that come but once. Where somebody saw one of an unknown move, and at which revision, that is the
+    revision of the move: so it did happen, and where is known."""
     sources: dict[Value, Move | None] = {}
     for position in range(len(component.keys)):
         sources[position, None] = None

@@ -6,8 +6,8 @@ Theory. A revision is an index in the one log of all keys, so revisions say more
 see. Three rules follow from that, each checked in one pass:
 
 * No two writes have the same revision.
-* Whatever was called after somebody had been told a revision has a higher one if it writes, and sees at least that one if it
-  reads the state as a whole (scan, count).
+* Whatever was called after somebody had been told a revision has a higher one if it writes, and sees at least that one
+  if it reads the state as a whole (scan, count).
 * A key's value, version and creation at a revision are the same for all who were told them, stale readers included.
 """
 

@@ -11,18 +11,20 @@ linearizability") remembers the *configurations* met, which are a state and a se
 searched twice.
 
 The search goes through the calls and returns in order of time and puts an operation in its place only when
-something has to be: at a return whose operation is not done yet, everything that was called so far and is not done may come
-first (Lowe's just-in-time linearization). Hence a configuration needs to know only which of the *open* operations
-are done, one bit each. What keeps the search narrow loses no order, for each that it leaves out has an equal that it keeps:
+something has to be: at a return whose operation is not done yet, everything that was called so far and is not done may
+come first (Lowe's just-in-time linearization). Hence a configuration needs to know only which of the *open* operations
+are done, one bit each. What keeps the search narrow loses no order, for each that it leaves out has an equal that it
+keeps:
 
 * What fits and leaves the state as it is, is done at once. That can hinder nothing.
-* A *blind* write (it tells nothing, and nobody's state shows it) may always be put just before another that hides it. So
-  the first is *free* from then on: it may return without having been done anywhere else.
+* A *blind* write (it tells nothing, and nobody's state shows it) may always be put just before another that hides it.
+  So the first is *free* from then on: it may return without having been done anywhere else.
 * Nothing is put before a write that hides it, unless somebody saw it in between.
-* Of unknown operations that ask for the same, the one called first is done first. And none is done but where nothing else
-  will help, for all that it can do can be done later.
-* What has been overtaken is given up: a revision or version that somebody open was told, or a value that somebody, open or
-  called later, has seen, if only one move can have written it.
+* Of unknown operations that ask for the same, the one called first is done first. And none is done but where nothing
+  else will help, for all that it can do can be done later.
+* An unknown write of whose value somebody told a revision did happen, there and nowhere else (moves.py).
+* What has been overtaken is given up: a revision or version that somebody open was told, or a value that somebody, open
+  or called later, has seen, if only one move can have written it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _Path = tuple[Any, int, int] | None
 
 
 def explains(component: Component, order: Sequence[int]) -> bool:
-    """Whether this `order` of moves holds all that are done, each once, respects their times, and makes each reply right."""
+    """Whether this `order` of moves holds all that are done, each once, respects their times, and makes each reply
+    right."""
     placed = set(order)
     moves = component.moves
     if len(placed) != len(order):
@@ -167,7 +170,8 @@ class Search:
     # The search
 
     def run(self) -> list[int] | None:
-        """An order that explains everything, as numbers of moves; None where there is none or `tried` is at its limit."""
+        """An order that explains everything, as numbers of moves; None where there is none or `tried` is at its
+        limit."""
         met: dict[tuple[int, State, int, int], list[int]] = {}
         ahead: list[Iterator[_Configuration]] = [iter([_Configuration(0, self.component.initial, 0, 0, 0, None, None)])]
         while ahead:
@@ -234,8 +238,8 @@ class Search:
                     yield after
 
     def _goes_astray(self, state: State, due: int, next_ones: list[int], unused: int) -> bool:
-        """Whether the versions say that the unknown move, which has led to `state`, was in vain: none of the `next_ones` can come
-        next; or all together can't bring about what is due."""
+        """Whether the versions say that the unknown move, which has led to `state`, was in vain: none of the
+        `next_ones` can come next; or all together can't bring about what is due."""
         if not self.component.versions or len(state[1]) != 1:
             return False
         version = self._version(state, 0)
@@ -288,8 +292,8 @@ class Search:
         return move.blind and earlier.command.writes <= move.command.writes
 
     def _settle(self, at: _Configuration, number: int, state: State, waiting: list[int]) -> _Configuration | None:
-        """What follows when the move has led to `state`: done at once is who fits there; None where one who waits can never
-        be done any more."""
+        """What follows when the move has led to `state`: done at once is who fits there; None where one who waits can
+        never be done any more."""
         moves, bits, successors = self._moves, self._bits, self.component.successors
         move = moves[number]
         lowest, told = self._lowest_after[at.event]
@@ -328,7 +332,8 @@ class Search:
         return _Configuration(at.event, state, done, free, used, path, unseen)
 
     def _overtaken(self, at: _Configuration, state: State, move: Move) -> set[Value] | None:
-        """The values that are gone for good in `state`; None where somebody who is called later has seen one of them."""
+        """The values that are gone for good in `state`; None where somebody who is called later has seen one of
+        them."""
         gone = set()
         for position in move.command.writes:
             before, after = at.state[1][position], state[1][position]
@@ -346,8 +351,8 @@ class Search:
             self._blamed.add(number)
 
     def suspects(self) -> list[Operation]:
-        """Whose return may be what can't be explained, once the search has come to nothing: the one due where the search got
-        furthest, before whom all can be explained, and those who stood in the way there."""
+        """Whose return may be what can't be explained, once the search has come to nothing: the one due where the
+        search got furthest, before whom all can be explained, and those who stood in the way there."""
         numbers = [~self._events[self._furthest], *sorted(self._blamed)]
         return [self.component.moves[number].operation for number in numbers if self._moves[number].told is not None]
 

@@ -7,8 +7,8 @@ Laws:
   everything; what a reply leaves out is not asked.
 * Everything is immutable but a command's working copy of the rows, so a state can be remembered and compared.
 
-Theory. A *row* is what is known of a key, a *state* is all rows, and a *command* changes a working copy of them and says
-what the reply must be. `agrees` holds what a client was told against that.
+Theory. A *row* is what is known of a key, a *state* is all rows, and a *command* changes a working copy of them and
+says what the reply must be. `agrees` holds what a client was told against that.
 
 What nobody was told is nobody's mistake: a write without a reply has some revision, but only a lower bound of it
 is known; versions are counted only where anybody was told one.
@@ -24,8 +24,8 @@ from typing import Any, Final, Protocol
 UNSEEN: Final = ""  # no JSON text is empty
 
 Row = tuple[str, int, int, int | None]
-"""value (JSON text with sorted names), rev, created, version (None: not counted, for nobody was told one). A revision that
-nobody was told is `~n`, a negative number: it is higher than `n`, and that is all that's known of it."""
+"""value (JSON text with sorted names), rev, created, version (None: not counted, for nobody was told one). A revision
+that nobody was told is `~n`, a negative number: it is higher than `n`, and that is all that's known of it."""
 
 Rows = list[Row | None]
 State = tuple[int, tuple[Row | None, ...]]
@@ -39,8 +39,8 @@ Reply = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What a command is run with: its revision (negative: not told), whether versions are counted, and whether a condition
-    that can't be known holds."""
+    """What a command is run with: its revision (negative: not told), whether versions are counted, and whether a
+    condition that can't be known holds."""
 
     rev: int
     versions: bool

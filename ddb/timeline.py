@@ -1,7 +1,8 @@
 """A counter-example as a picture: bars side by side, one row for each client.
 
 Laws: a picture shows the operation that can't be explained, what overlaps with it, what it contradicts and what came
-last, and never more than fits on a screen; the page of HTML stands alone, without scripts, fonts or anything from elsewhere.
+last, and never more than fits on a screen; the page of HTML stands alone, without scripts, fonts or anything from
+elsewhere.
 
 Theory. For linearizability only the order of calls and returns counts. So each moment at which anything shown begins or
 ends is one step on the axis, just wide enough for the words in the bars, however long it took: a microsecond of
@@ -17,6 +18,7 @@ from typing import Any, Final
 
 from ddb.checker import Counterexample, Verdict
 from ddb.history import Operation, Outcome, ask_in_short, told_in_short
+from ddb.search import returned_at
 
 OVERLAPPING_MAX: Final = 10
 RELATED_MAX: Final = 4
@@ -28,16 +30,20 @@ CHARACTER_PX: Final = 7.3
 ROW_PX: Final = 30
 
 _STYLE: Final = """
-:root{color-scheme:light dark;--ink:#1d2430;--paper:#fcfcfa;--line:#c9ced6;--bar:#dbe7f6;--edge:#5b83b5;--bad:#fbdcd8;--badedge:#c0392b;--soft:#6b7483}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--paper:#15181d;--line:#3a414c;--bar:#22374f;--edge:#6d9bd3;--bad:#4d2320;--badedge:#ff7b6b;--soft:#98a2b1}}
-body{margin:2rem auto;padding:0 1rem;max-width:80rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
+:root{color-scheme:light dark;--ink:#1d2430;--paper:#fcfcfa;--line:#c9ced6;--soft:#6b7483;
+  --bar:#dbe7f6;--edge:#5b83b5;--bad:#fbdcd8;--badedge:#c0392b}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e8ee;--paper:#15181d;--line:#3a414c;--soft:#98a2b1;
+  --bar:#22374f;--edge:#6d9bd3;--bad:#4d2320;--badedge:#ff7b6b}}
+body{margin:2rem auto;padding:0 1rem;max-width:80rem;background:var(--paper);color:var(--ink);
+  font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}
 .picture{overflow-x:auto;border:1px solid var(--line);border-radius:6px;padding:.5rem}
 svg{display:block}svg text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:var(--ink)}
 .client{font-weight:bold}.row{stroke:var(--line)}
 .bar{fill:var(--bar);stroke:var(--edge)}.unknown{fill:none;stroke:var(--edge);stroke-dasharray:4 3}
 .culprit{fill:var(--bad);stroke:var(--badedge);stroke-width:2}
-table{border-collapse:collapse;font-size:.9rem}td,th{padding:.2rem .8rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
+table{border-collapse:collapse;font-size:.9rem}
+td,th{padding:.2rem .8rem;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
 td.n{text-align:right;font-variant-numeric:tabular-nums}tr.culprit{background:var(--bad)}
 code{font-family:ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}.soft{color:var(--soft)}
 """
@@ -45,7 +51,8 @@ code{font-family:ui-monospace,Menlo,Consolas,monospace;overflow-wrap:anywhere}.s
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """An operation in the picture: from column `start` to column `end`, and whether it goes on (its outcome is unknown)."""
+    """An operation in the picture: from column `start` to column `end`, and whether it goes on (its outcome is
+    unknown)."""
 
     operation: Operation
     label: str
@@ -68,7 +75,7 @@ def shown(counterexample: Counterexample) -> list[Operation]:
     culprit = counterexample.culprit
     end = culprit.returned if culprit.returned is not None else culprit.called
     others = [operation for operation in counterexample.operations if operation is not culprit]
-    overlapping = [o for o in others if o.called <= end and (o.returned is None or o.returned >= culprit.called)]
+    overlapping = [o for o in others if o.called <= end and returned_at(o) >= culprit.called]
     answered = [o for o in overlapping if o.outcome is Outcome.DONE]
     pending = [o for o in overlapping if o.outcome is not Outcome.DONE]
     marks = _marks(culprit.reply or {})
@@ -93,7 +100,8 @@ def _keys(operation: Operation) -> set[Any]:
 
 
 def layout(operations: Sequence[Operation], culprit: Operation, revisions: bool) -> Layout:
-    """Where each bar goes, and what it says, `revisions` too if they matter. An operation of unknown outcome reaches to the right edge, in a row of its own if it has to."""
+    """Where each bar goes, and what it says, `revisions` too if they matter. An operation of unknown outcome reaches to
+    the right edge, in a row of its own if it has to."""
     labels = [_label(operation, revisions) for operation in operations]
     ends = [o.returned if o.returned is not None and o.outcome is Outcome.DONE else None for o in operations]
     moments = sorted({o.called for o in operations} | {end for end in ends if end is not None})
@@ -181,9 +189,8 @@ def to_html(verdict: Verdict, title: str = "History") -> str:
     counterexample = verdict.counterexample
     if counterexample is not None:
         operations = shown(counterexample)
-        parts.append(
-            f'<div class="picture">{_svg(layout(operations, counterexample.culprit, bool(counterexample.values_alone)))}</div>'
-        )
+        plan = layout(operations, counterexample.culprit, bool(counterexample.values_alone))
+        parts.append(f'<div class="picture">{_svg(plan)}</div>')
         parts.append(
             '<p class="soft">Each bar is an operation, from its call to its return; a dashed one is of unknown outcome. '
             "Only the order of the moments is drawn to scale.</p>"
