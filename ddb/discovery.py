@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from ddb import wire
 from ddb.errors import DdbError
-from ddb.loop import Connection, Loop
 from ddb.membership import Sighting
+from ddb.reactor import Channel, Reactor
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Discovery:
 
     def __init__(
         self,
-        loop: Loop,
+        loop: Reactor,
         address: tuple[str, int],
         introduce: Callable[[], dict[str, Any]],
         on_nodes: Callable[[dict[str, Sighting], str | None], None],
@@ -43,7 +43,7 @@ class Discovery:
         self._introduce = introduce
         self._on_nodes = on_nodes
         self._waiting: list[Callable[[dict[str, Any]], None]] = []  # for replies, in the order of the requests
-        self._connection: Connection | None = None
+        self._connection: Channel | None = None
         self._open = False
         self._timer: Any = None
         self._complaint: str | None = ""  # what was last complained of; None while all is well
@@ -95,17 +95,17 @@ class Discovery:
             timeout_s=1.0,
         )
 
-    def _on_open(self, connection: Connection) -> None:
+    def _on_open(self, connection: Channel) -> None:
         if not self._closed:
             self._open = True
             self.register()
 
-    def _on_close(self, connection: Connection) -> None:
+    def _on_close(self, connection: Channel) -> None:
         self._open = False
         self._waiting.clear()
         if self._closed:
             return
-        if connection.cutter.error is not None:
+        if connection.garbled:
             self._wrong(STRANGE)
         else:
             self._complain(

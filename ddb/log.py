@@ -325,8 +325,13 @@ class LogWriter:
         self._room_retry_s = room_retry_s
         self._queue: SimpleQueue[_Save | threading.Event] = SimpleQueue()
         self._tickets = 0
+        self._full = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self.start()
+
+    def start(self) -> None:
+        """Begin to work off what is queued. (The simulator's has no thread.)"""
         self._thread.start()
 
     def save(
@@ -347,7 +352,7 @@ class LogWriter:
         if not in_place:
             self._queue.put((hard_state, batches, reset))
             return self._tickets
-        # The thread has reported all that it was given, so it waits in `_take`, and touches the log no more until
+        # The thread has reported all that it was given, so it waits in `take`, and touches the log no more until
         # something is queued, which only this thread does.
         self._log.write(hard_state, batches, reset)
         try:
@@ -378,20 +383,29 @@ class LogWriter:
     def _run(self) -> None:
         try:
             while not (self._stopping.is_set() and self._queue.empty()):
-                taken, reached = self._take()
-                if not self._sync():
-                    return
-                if taken:
-                    self.saved += taken
-                    self._post(self._on_saved, self.saved)
+                taken, reached = self.take()
+                while not self.sync():
+                    if self._stopping.wait(self._room_retry_s):
+                        return
+                self.report(taken)
                 for event in reached:
                     event.set()
         except BaseException as error:  # an invariant too: whatever it is, nothing more may be acknowledged
-            if not isinstance(error, DdbError):
-                _log.critical("the log can't be written any more: %s", error)
-            self._post(self._on_failure, error)
+            self.fail(error)
 
-    def _take(self) -> tuple[int, list[threading.Event]]:
+    def fail(self, error: BaseException) -> None:
+        """The disk has failed: report that, and nothing more."""
+        if not isinstance(error, DdbError):
+            _log.critical("the log can't be written any more: %s", error)
+        self._post(self._on_failure, error)
+
+    def report(self, taken: int) -> None:
+        """So many saves more are durable."""
+        if taken:
+            self.saved += taken
+            self._post(self._on_saved, self.saved)
+
+    def take(self) -> tuple[int, list[threading.Event]]:
         """Wait for something to be queued, and hand all that is to the log; returns how many saves, and who waits."""
         taken, reached = 0, []
         item = self._queue.get()
@@ -405,21 +419,18 @@ class LogWriter:
                 item = self._queue.get()
         return taken, reached
 
-    def _sync(self) -> bool:
-        """Sync the log, waiting for room as long as need be; returns False where closing put an end to the wait."""
-        full = False
-        while True:
-            try:
-                self._log.sync()
-            except ReadOnly as error:
-                if not full:
-                    full = True
-                    _log.error("%s", error)
-                    self._post(self._on_space, False)
-                if self._stopping.wait(self._room_retry_s):
-                    return False
-                continue
-            if full:
-                _log.warning("there is room on the disk again")
-                self._post(self._on_space, True)
-            return True
+    def sync(self) -> bool:
+        """Sync the log; returns False where there is no room, and the same is to be tried again later."""
+        try:
+            self._log.sync()
+        except ReadOnly as error:
+            if not self._full:
+                self._full = True
+                _log.error("%s", error)
+                self._post(self._on_space, False)
+            return False
+        if self._full:
+            self._full = False
+            _log.warning("there is room on the disk again")
+            self._post(self._on_space, True)
+        return True

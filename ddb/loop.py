@@ -93,6 +93,7 @@ class Loop:
     """The selectors loop of one process, or of one test."""
 
     def __init__(self) -> None:
+        self.now = time.monotonic
         self.on_turn: list[Callable[[], None]] = []
         self.dirty: list[Connection] = []  # have output for the end of this turn
         self.resolvers = 0  # threads that look up a host name now
@@ -312,6 +313,11 @@ class Connection:
     def closed(self) -> bool:
         """Whether it is over, or was asked to close."""
         return self._closing
+
+    @property
+    def garbled(self) -> bool:
+        """Whether something came that is no frame."""
+        return self.cutter.error is not None
 
     @property
     def on_payload(self) -> Callable[[bytes], None] | None:

@@ -17,14 +17,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import queue
-import random
 import signal
 import socket
 import sys
-import threading
-import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,19 +32,20 @@ from ddb.discovery import Discovery
 from ddb.election import STRATEGIES, Election
 from ddb.errors import BadRequest, CorruptStore, DdbError, Forbidden, InvariantError, NoLeader, Overloaded, StartupError
 from ddb.kv import Machine
-from ddb.log import Log, LogWriter
-from ddb.loop import Fatal, Loop
+from ddb.log import Log
+from ddb.loop import Fatal
 from ddb.membership import Patience, Sighting, Standing, next_change
 from ddb.messages import Call, CallReply, Configuration, HardState, Member, Message
 from ddb.peers import Peers
 from ddb.raft import Raft
 from ddb.raftlog import RaftLog
 from ddb.replica import Replica
-from ddb.server import Limits, Server, raise_descriptor_limit
+from ddb.server import Limits, raise_descriptor_limit
 from ddb.service import NodeService
 from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
+from ddb.world import OsWorld, World
 
 log = logging.getLogger("ddb.node")
 
@@ -79,46 +75,22 @@ class Settings:
     frame_bytes_max: int = 16 << 20
     policy: Policy = Policy()
     timing: Timing = Timing()
+    bounds: Bounds = Bounds()
     repair: bool = False
-
-
-class Worker:
-    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended."""
-
-    def __init__(self, post: Callable[..., None]) -> None:
-        self._post = post
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
-        """Queue `work`."""
-        self._queue.put((work, done))
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """Let the thread end after what it is at."""
-        self._queue.put(None)
-        self._thread.join(timeout_s)
-
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            work, done = item
-            try:
-                result = work()
-            except Exception as error:
-                self._post(done, None, error)
-            else:
-                self._post(done, result, None)
 
 
 class Node:
     """One node, from `Node(settings)` over `run()` to `close()`, which may be called twice."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, world: World | None = None) -> None:
         self.settings = settings
-        self.started_at = time.monotonic()
-        self.patience = Patience(replace_after_s=settings.replace_after_s)
         self._closing: list[Callable[[], object]] = []
+        self.world: World = OsWorld() if world is None else world
+        self.loop = self.world.loop
+        self._closing.append(self.loop.close)
+        self.now = self.loop.now
+        self.started_at = self.now()
+        self.patience = Patience(replace_after_s=settings.replace_after_s)
         self._sightings: dict[str, Sighting] = {}
         self._registry_cluster: str | None = None
         self._known_config: Configuration | None = None
@@ -147,11 +119,9 @@ class Node:
         self._closing.append(self.data.close)
         self.id = self.data.identity.id
         self.name = settings.name or self.id
-        self.loop = Loop()
-        self._closing.append(self.loop.close)
         self.service = NodeService(self)
         limits = Limits(frame_bytes_max=settings.frame_bytes_max)
-        self.server = Server(self.loop, self.service, settings.host, settings.port, limits)
+        self.server = self.world.listen(self.service, settings.host, settings.port, limits)
         self._closing.append(self.server.close)
         self.address = settings.advertise or _advertised(settings.host, self.server.address[1])
         log.info("listening on %s", wire.format_address(settings.host, self.server.address[1]))
@@ -173,21 +143,17 @@ class Node:
         self._closing.append(store.close)
         raft_log = _recovered_log(journal, store, settings.repair)
         config = store.meta.configuration or Configuration(self.data.identity.cluster or "", settings.election)
-        bounds = Bounds()
-        now = time.monotonic()
-        self._rng = random.Random()
+        bounds = settings.bounds
         raft = Raft(
             self.id, self.name, raft_log, journal.hard_state, config, self._election(config.election),
-            now, store.meta.applied, settings.timing, bounds,
+            self.now(), store.meta.applied, settings.timing, bounds,
         )  # fmt: skip
-        writer = LogWriter(journal, self.loop.post, self._saved, self._disk_failed, self._disk_space)
+        writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
         self._closing.append(writer.close)
-        worker = Worker(self.loop.post)
+        worker = self.world.background()
         self._closing.append(worker.close)
         machine = Machine(store, store.meta.applied)
-        self.replica = Replica(
-            raft, machine, writer, self._send, journal.read, lambda: time.time_ns() // 1_000_000, bounds
-        )
+        self.replica = Replica(raft, machine, writer, self._send, journal.read, self.world.wall_ms, bounds)
         self.sync = Sync(self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds)
         self._closing.append(self.sync.close)
         self.replica.snapshots = self.sync
@@ -195,7 +161,7 @@ class Node:
         log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
 
     def _election(self, name: str) -> Election:
-        return STRATEGIES[name](self.settings.timing.election_timeout_s, self._rng)
+        return STRATEGIES[name](self.settings.timing.election_timeout_s, self.world.rng)
 
     def _begin_or_join(self, settings: Settings) -> None:
         identity, raft = self.data.identity, self.replica.raft
@@ -203,9 +169,9 @@ class Node:
             self._discovery = Discovery(self.loop, settings.registry, self._introduce, self._on_nodes)
             self._closing.append(self._discovery.close)
         if identity.founding is not None and raft.log.last_index == 0 and raft.term == 0:
-            raft.found(Configuration.from_json(identity.founding), time.time_ns() // 1_000_000)
+            raft.found(Configuration.from_json(identity.founding), self.world.wall_ms())
         elif identity.cluster is None and settings.registry is None:
-            self._found(str(uuid.uuid4()), [])
+            self._found(self.world.new_id(), [])
 
     @property
     def cluster(self) -> str | None:
@@ -226,7 +192,7 @@ class Node:
         log.info("%r: begins cluster %s of %d", self, cluster, len(members))
         # The identity first: after a crash in between, the node founds the same cluster again.
         self.data.change(cluster=cluster, founding=config.to_json())
-        self.replica.raft.found(config, time.time_ns() // 1_000_000)
+        self.replica.raft.found(config, self.world.wall_ms())
 
     # --- the registry -------------------------------------------------------------------------------------------
 
@@ -245,7 +211,7 @@ class Node:
     def _bootstrap(self) -> None:
         """While there is no cluster anywhere, ask to begin it."""
         if self.cluster is None and self._registry_cluster is None and self._discovery is not None:
-            proposal = str(uuid.uuid4())
+            proposal = self.world.new_id()
             request: dict[str, Any] = {"op": "bootstrap", "id": self.id, "cluster": proposal}
             if self.settings.expect > 1:
                 request["expect"] = self.settings.expect
@@ -275,7 +241,7 @@ class Node:
         elif type(message) is CallReply:
             self.service.on_call_reply(message)
         else:
-            self.replica.step(message, time.monotonic())
+            self.replica.step(message, self.now())
 
     def connected(self, peer: str) -> None:
         """See peers.Host."""
@@ -283,7 +249,7 @@ class Node:
 
     def disconnected(self, peer: str) -> None:
         """See peers.Host."""
-        self.replica.disconnected(peer, time.monotonic())
+        self.replica.disconnected(peer, self.now())
         self.sync.disconnected(peer)
         self.service.disconnected(peer)
         self._keep_peers()
@@ -311,7 +277,7 @@ class Node:
 
     def standings(self) -> dict[str, Standing]:
         """See service.Node."""
-        raft, now = self.replica.raft, time.monotonic()
+        raft, now = self.replica.raft, self.now()
         return {
             id: Standing(
                 now - p.heard_at,
@@ -322,14 +288,14 @@ class Node:
         }  # fmt: skip
 
     def _flush(self) -> None:
-        self.replica.flush(time.monotonic())
+        self.replica.flush(self.now())
         if self.service.flushed():
-            self.replica.flush(time.monotonic())
+            self.replica.flush(self.now())
 
     # --- time ---------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now = self.now()
         self.replica.tick(now)
         self.sync.tick(now)
         self.service.tick(now)
@@ -368,7 +334,7 @@ class Node:
         if config.members and config.election != self.replica.raft.election.name:
             log.warning("%r: the cluster holds its elections by %r; so does this node now", self, config.election)
             self.replica.raft.election = self._election(config.election)
-            self.replica.raft.election.follow(time.monotonic())
+            self.replica.raft.election.follow(self.now())
         voters = sorted(m.name for m in config.members if m.voter)
         learners = sorted(m.name for m in config.members if not m.voter)
         if config.members:
@@ -393,14 +359,14 @@ class Node:
         change = next_change(raft.config, self.id, sightings, self.standings(), self.patience)
         if change is not None:
             try:
-                raft.change(change, time.time_ns() // 1_000_000)
+                raft.change(change, self.world.wall_ms())
             except (NoLeader, Overloaded, BadRequest) as error:
                 log.warning("%r: the members can't be changed now: %s", self, error)
 
     # --- the disk -----------------------------------------------------------------------------------------------
 
     def _saved(self, ticket: int) -> None:
-        self.replica.saved(ticket, time.monotonic())
+        self.replica.saved(ticket, self.now())
 
     def _disk_failed(self, error: BaseException) -> None:
         raise Fatal(
@@ -409,7 +375,7 @@ class Node:
 
     def _disk_space(self, room: bool) -> None:
         self.replica.full(not room)
-        self._move_lead(time.monotonic())
+        self._move_lead(self.now())
 
     def _move_lead(self, now: float) -> None:
         """Where the disk here is full, another member should lead. Where none can, this one goes on, for the reads."""
@@ -430,12 +396,12 @@ class Node:
         if self._discovery is not None:
             self._discovery.close()
         self._leave_phase = 1
-        self._leave_at = time.monotonic() + HAND_OVER_S
+        self._leave_at = self.now() + HAND_OVER_S
         successor = self.service.best_successor() if self.replica.is_leader else None
         if successor is not None:
             self._has_handed_over = True
-            self.replica.raft.transfer(successor.id, time.monotonic())
-        self._leave(time.monotonic())
+            self.replica.raft.transfer(successor.id, self.now())
+        self._leave(self.now())
 
     def _leave(self, now: float) -> None:
         """First the leadership goes, then who waits is answered, then the others have a moment to notice."""

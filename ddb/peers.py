@@ -16,14 +16,13 @@ members that have moved find each other even where the registry is down.
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any, Final, Protocol
 
 from ddb import codec, wire
 from ddb.errors import BadRequest, DdbError
-from ddb.loop import Connection, Loop
 from ddb.membership import Sighting
 from ddb.messages import Append, Message
+from ddb.reactor import Channel, Reactor
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +55,14 @@ class Host(Protocol):
 class Peers:
     """All connections of one node with the others. `bind_host`: the address that outgoing ones come from."""
 
-    def __init__(self, loop: Loop, host: Host, own_id: str, bind_host: str | None) -> None:
+    def __init__(self, loop: Reactor, host: Host, own_id: str, bind_host: str | None) -> None:
         self._loop = loop
         self._host = host
         self._own_id = own_id
         self._bind_host = bind_host
         self._links: dict[str, _Link] = {}
         self._addresses: dict[str, str] = {}
-        self._inbound: dict[str, tuple[Connection, Sighting]] = {}
+        self._inbound: dict[str, tuple[Channel, Sighting]] = {}
         self._encoded: tuple[Any, bytes] = (None, b"")
         self._closed = False
 
@@ -91,9 +90,9 @@ class Peers:
         """Hold connections to exactly these members, as far as their addresses are known."""
         if self._closed:
             return
-        for gone in self._links.keys() - ids:
+        for gone in sorted(self._links.keys() - ids):
             self._links.pop(gone).close()
-        for new in (ids & self._addresses.keys()) - self._links.keys() - {self._own_id}:
+        for new in sorted((ids & self._addresses.keys()) - self._links.keys() - {self._own_id}):
             self._links[new] = _Link(self, new, self._addresses[new])
 
     def send(self, message: Message) -> None:
@@ -113,7 +112,7 @@ class Peers:
             self._encoded = (same, codec.encode_message(m))
         return self._encoded[1]
 
-    def accept(self, connection: Connection, sighting: Sighting) -> None:
+    def accept(self, connection: Channel, sighting: Sighting) -> None:
         """Listen to the member that has introduced itself on `connection`."""
         peer = sighting.id
         self.sighted(sighting)
@@ -132,14 +131,14 @@ class Peers:
             found[0].send(wire.frame(wire.failure(error)))
             found[0].close_when_flushed()
 
-    def _take(self, peer: str, connection: Connection, payload: bytes) -> None:
+    def _take(self, peer: str, connection: Channel, payload: bytes) -> None:
         try:
             self._host.received(codec.decode_message(payload, peer, self._own_id))
         except BadRequest as error:
             log.error("the connection from member %s is closed: %s", peer, error.message)
             connection.close()
 
-    def _inbound_closed(self, peer: str, connection: Connection) -> None:
+    def _inbound_closed(self, peer: str, connection: Channel) -> None:
         if peer in self._inbound and self._inbound[peer][0] is connection:
             del self._inbound[peer]
             self._host.disconnected(peer)
@@ -175,7 +174,7 @@ class _Link:
         if self._closed:
             return
         peers = self._peers
-        self._dialled_at = time.monotonic()
+        self._dialled_at = peers._loop.now()
         connection = peers._loop.connect(
             wire.parse_address(self._address),
             bind_host=peers._bind_host,
@@ -186,7 +185,7 @@ class _Link:
         )
         self.connection = connection
 
-    def _on_open(self, connection: Connection) -> None:
+    def _on_open(self, connection: Channel) -> None:
         if connection is not self.connection or self._closed:
             connection.close()
             return
@@ -194,7 +193,7 @@ class _Link:
         connection.send(wire.frame(wire.encode(self._peers._host.introduction(self._peer))))
         self._peers._host.connected(self._peer)
 
-    def _on_payload(self, connection: Connection, payload: bytes) -> None:
+    def _on_payload(self, connection: Channel, payload: bytes) -> None:
         """The other side only ever speaks here to refuse us."""
         self._failures = len(REDIAL_S)
         connection.close()
@@ -207,13 +206,13 @@ class _Link:
             self._refusal = refusal
             self._peers._host.refused(self._peer, *refusal)
 
-    def _on_close(self, connection: Connection) -> None:
+    def _on_close(self, connection: Channel) -> None:
         if connection is not self.connection:
             return
         was_open, self.open = self.open, False
         if self._closed:
             return
-        if was_open and time.monotonic() - self._dialled_at > 1.0:
+        if was_open and self._peers._loop.now() - self._dialled_at > 1.0:
             self._failures = 0
         delay_s = REDIAL_S[min(self._failures, len(REDIAL_S) - 1)]
         self._failures += 1

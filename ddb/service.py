@@ -8,7 +8,6 @@ the request says `"forward":false`.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
@@ -32,6 +31,7 @@ from ddb.replica import Replica
 from ddb.routes import node_routes
 from ddb.server import Slot
 from ddb.sync import Sync
+from ddb.world import World
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ class Node(Protocol):
     peers: Peers
     patience: Patience
     started_at: float
+    now: Callable[[], float]
+    world: World
 
     @property
     def cluster(self) -> str | None:
@@ -110,7 +112,7 @@ class NodeService:
             "member_remove": lambda request, slot: self._at_leader(request, slot, self._remove),
             "member_promote": lambda request, slot: self._at_leader(request, slot, self._promote),
             "transfer": lambda request, slot: self._at_leader(request, slot, self._transfer),
-            "snapshot": lambda request, slot: self._node.sync.checkpoint(slot, time.monotonic()),
+            "snapshot": lambda request, slot: self._node.sync.checkpoint(slot, self._node.now()),
             "log": self._log,
             "peer": self._peer,
             **dict.fromkeys(LATER, self._later),
@@ -132,7 +134,7 @@ class NodeService:
         timeout_s = request.get("timeout", TIMEOUT_S)
         if timeout_s.__class__ not in (int, float) or not 0 < timeout_s <= TIMEOUT_MAX_S:
             raise BadRequest(f"`timeout` is a number of seconds above 0 and up to {TIMEOUT_MAX_S:g}.")
-        slot.deadline = time.monotonic() + timeout_s
+        slot.deadline = self._node.now() + timeout_s
         handle(request, slot)
 
     def tick(self, now: float) -> None:
@@ -219,7 +221,7 @@ class NodeService:
             else:
                 self._node.replica.read(command, slot)
         elif mode == "stale":
-            now = time.monotonic()
+            now = self._node.now()
             max_lag_s = request.get("max_lag")
             if max_lag_s is not None:
                 if max_lag_s.__class__ not in (int, float) or max_lag_s < 0:
@@ -232,7 +234,7 @@ class NodeService:
 
     def _ready(self, request: Request, slot: Slot) -> None:
         """Whether linearizable reads can be served here: served is one that looks at nothing."""
-        slot.deadline = min(slot.deadline, time.monotonic() + 1.0)
+        slot.deadline = min(slot.deadline, self._node.now() + 1.0)
         self._node.replica.read(["count", {"start": "", "end": ""}], slot)
 
     def _log(self, request: Request, slot: Slot) -> None:
@@ -263,12 +265,12 @@ class NodeService:
     # --- the cluster --------------------------------------------------------------------------------------------
 
     def _ping(self, request: Request, slot: Slot) -> None:
-        slot.reply(wire.encode({"ok": True, "node": self._node.name, "time": time.time()}))
+        slot.reply(wire.encode({"ok": True, "node": self._node.name, "time": self._node.world.wall_ms() / 1000}))
 
     def _status(self, request: Request, slot: Slot) -> None:
         node, raft = self._node, self._node.replica.raft
         leader = self._leader()
-        now = time.monotonic()
+        now = self._node.now()
         table: Any = node.replica.machine.table
         lag_s = raft.lag_s(now)
         status = {
@@ -359,7 +361,7 @@ class NodeService:
         standing = node.standings().get(member.id)
         if member.voter and (standing is None or standing.silent_s >= node.patience.dead_after_s):
             raise BadRequest(f"{member.name!r} does not answer, so it can't lead.")
-        raft.transfer(member.id, time.monotonic())
+        raft.transfer(member.id, self._node.now())
         self._transfers.append((node.id, slot))
 
     def best_successor(self) -> Member | None:

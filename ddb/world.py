@@ -1,0 +1,138 @@
+"""The world around a node: its clocks, chance, disk, network and threads, in one hand.
+
+Laws: a node takes from outside only what is here, so the simulator, which puts a world of its own in this one's
+place (simworld.py), runs the very node that serves.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ddb.disk import Disk, OsDisk
+from ddb.log import Log, LogWriter
+from ddb.loop import Loop
+from ddb.reactor import Reactor
+from ddb.server import Limits, Server, Service
+
+Done = Callable[[Any, Exception | None], None]
+
+
+class Listener(Protocol):
+    """Where clients and members come in. `address` is the (host, port) it listens on."""
+
+    address: tuple[str, int]
+
+    def stop_accepting(self) -> None:
+        """Take no new connections; serve those that are there."""
+
+    def close(self) -> None:
+        """End all of it. May be called twice."""
+
+
+class Background(Protocol):
+    """Somebody who does what takes long, one thing after the other."""
+
+    def run(self, work: Callable[[], Any], done: Done) -> None:
+        """Do `work`, then have `done(result, error)` called on the loop."""
+
+    def close(self) -> None:
+        """Take no more."""
+
+
+class World(Protocol):
+    """What there is of the world for one node, from its start to its end."""
+
+    loop: Reactor
+    disk: Disk
+    rng: random.Random
+
+    def wall_ms(self) -> int:
+        """The time of day, in milliseconds since 1970."""
+
+    def new_id(self) -> str:
+        """A word that nobody else has."""
+
+    def listen(self, service: Service, host: str, port: int, limits: Limits) -> Listener:
+        """Serve `service` there. Raises StartupError."""
+
+    def writer(
+        self,
+        log: Log,
+        on_saved: Callable[[int], None],
+        on_failure: Callable[[BaseException], None],
+        on_space: Callable[[bool], None],
+    ) -> LogWriter:
+        """Whoever fsyncs `log`; see LogWriter."""
+
+    def background(self) -> Background:
+        """Somebody for what takes long."""
+
+
+class OsWorld:
+    """The real one: sockets, threads, the operating system's clocks and files."""
+
+    def __init__(self) -> None:
+        self.loop = Loop()
+        self.disk: Disk = OsDisk()
+        self.rng = random.Random()
+
+    def wall_ms(self) -> int:
+        """See World."""
+        return time.time_ns() // 1_000_000
+
+    def new_id(self) -> str:
+        """See World."""
+        return str(uuid.uuid4())
+
+    def listen(self, service: Service, host: str, port: int, limits: Limits) -> Server:
+        """See World."""
+        return Server(self.loop, service, host, port, limits)
+
+    def writer(
+        self,
+        log: Log,
+        on_saved: Callable[[int], None],
+        on_failure: Callable[[BaseException], None],
+        on_space: Callable[[bool], None],
+    ) -> LogWriter:
+        """See World."""
+        return LogWriter(log, self.loop.post, on_saved, on_failure, on_space)
+
+    def background(self) -> Worker:
+        """See World."""
+        return Worker(self.loop.post)
+
+
+class Worker:
+    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended."""
+
+    def __init__(self, post: Callable[..., None]) -> None:
+        self._post = post
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Callable[[], Any], done: Done) -> None:
+        """See Background."""
+        self._queue.put((work, done))
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """See Background: the thread ends after what it is at."""
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            work, done = item
+            try:
+                result = work()
+            except Exception as error:
+                self._post(done, None, error)
+            else:
+                self._post(done, result, None)
