@@ -14,8 +14,9 @@ Laws:
 3. Every call ends within its `timeout_s`, and Ctrl-C ends it at once, leaving the client usable.
 4. There is no thread. `close` closes every socket; what a client was told is all that it keeps.
 
-How a request finds its server is the matter of ddb/caller.py; here are only the operations and their types. A client may be shared by threads: one lock makes their calls follow one another. Threads that want to overlap
-their calls take a client each.
+How a request finds its server is decided in ddb/calls.py and done in ddb/caller.py; here are only the operations and
+their types. A client may be shared by threads: one lock makes their calls follow one another. Threads that want to
+overlap their calls take a client each.
 """
 
 from __future__ import annotations
