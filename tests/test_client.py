@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import ddb
-from ddb import errors
+from ddb import errors, wire
 from ddb.client import Client, Item, _from_wire, _to_wire, next_page
 from tests.fake_server import FakeServer, failure
 from tests.harness import wait
@@ -210,6 +210,15 @@ def test_a_connection_closed_while_idle_is_noticed_before_a_write_is_sent(server
         server.hang_up()
         wait(lambda: not link.usable(), what="the reset arrives")
         assert db.put("k", 2).rev == 1
+
+
+@pytest.mark.parametrize("surplus", [b'11\n{"ok":true}\n', b'30\n{"ok":true,"rev":99'])
+def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_ones(server: FakeServer, surplus: bytes) -> None:
+    server.answer = lambda request: wire.frame(b'{"ok":true,"rev":1}') + surplus
+    with client_of(server) as db:
+        assert db.put("k", 1).rev == 1
+        server.answer = lambda request: {"ok": True, "rev": 2}
+        assert db.put("k", 2).rev == 2
 
 
 def test_a_write_is_sent_when_another_server_can_not_be_reached(server: FakeServer) -> None:
