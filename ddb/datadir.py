@@ -11,14 +11,14 @@ right (messages.Member). Every change is written beside, fsynced and renamed.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ddb.disk import Disk, OsDisk, read_file, replace_durably
 from ddb.errors import StartupError
 
 
@@ -36,35 +36,36 @@ class Identity:
 class DataDirectory:
     """An open data directory. Made by `DataDirectory.open`; `close()` may be called twice."""
 
-    def __init__(self, path: Path, lock: int, identity: Identity) -> None:
+    def __init__(self, path: Path, disk: Disk, lock: int, identity: Identity) -> None:
         self.path = path
         self.identity = identity
+        self._disk = disk
         self._lock: int | None = lock
 
     @classmethod
-    def open(cls, path: Path) -> DataDirectory:
-        """Lock the directory `path`, made if it is not there, and read or make the identity.
+    def open(
+        cls, path: Path, *, disk: Disk | None = None, new_id: Callable[[], str] = lambda: str(uuid.uuid4())
+    ) -> DataDirectory:
+        """Lock the directory `path`, made if it is not there, and read the identity, or make one with `new_id()`.
 
         Raises StartupError where it can't be written, is in use, or holds something else.
         """
+        disk = disk or OsDisk()
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StartupError(f"The data directory {path} can't be used: {error.strerror}.") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+            disk.make_directory(path)
+            lock = disk.lock(path / "lock")
+        except BlockingIOError:
             raise StartupError(
                 f"The data directory {path} is in use by another process; give each node its own."
             ) from None
+        except OSError as error:
+            raise StartupError(f"The data directory {path} can't be used: {error.strerror}.") from error
         try:
-            directory = cls(path, lock, _read_identity(path))
+            directory = cls(path, disk, lock, _read_identity(path, disk, new_id))
             directory.save(directory.identity)
             return directory
         except BaseException:
-            os.close(lock)
+            disk.close(lock)
             raise
 
     @property
@@ -83,19 +84,9 @@ class DataDirectory:
 
     def save(self, identity: Identity) -> None:
         """Make `identity` the directory's, durably."""
-        path = self.path / "identity.json"
-        temporary = path.with_suffix(".new")
+        text = json.dumps(asdict(identity), indent=1)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(asdict(identity), file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            handle = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            replace_durably(self._disk, self.path / "identity.json", text.encode())
         except OSError as error:
             raise StartupError(f"The data directory {self.path} can't be written: {error.strerror}.") from error
         self.identity = identity
@@ -103,19 +94,19 @@ class DataDirectory:
     def close(self) -> None:
         """Let another process use it."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._disk.close(self._lock)
             self._lock = None
 
 
-def _read_identity(path: Path) -> Identity:
+def _read_identity(path: Path, disk: Disk, new_id: Callable[[], str]) -> Identity:
     try:
-        text = (path / "identity.json").read_text(encoding="utf-8")
+        text = read_file(disk, path / "identity.json").decode()
     except FileNotFoundError:
-        if (path / "log").exists() or (path / "state.db").exists():
+        if disk.exists(path / "log") or disk.exists(path / "state.db"):
             raise StartupError(
                 f"{path} holds data but no identity.json; restore that, or start in an empty directory."
             ) from None
-        return Identity(str(uuid.uuid4()))
+        return Identity(new_id())
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"{path / 'identity.json'} can't be read: {error}.") from error
     try:
@@ -127,7 +118,7 @@ def _read_identity(path: Path) -> Identity:
         raise StartupError(
             f"{file} is not a node's identity ({error}); restore it, or start in an empty directory."
         ) from error
-    if identity.born and not (path / "log").exists():
+    if identity.born and not disk.exists(path / "log"):
         raise StartupError(
             f"The log of {path} is missing; without it this node can't know what it promised. "
             "Restore it, or remove the directory to join as a new member."

@@ -1,19 +1,27 @@
-"""The few things that the log asks of an operating system, as one narrow seam.
+"""The few things that a member asks of an operating system's files, as one narrow seam.
 
-Laws: `log.py` and its rooms touch the world only through a `Disk`, so the simulator can put a disk that tears,
-forgets and fills up in its place. Nothing here retries, buffers or decides: an error is raised as the `OSError` that
-it was.
+Laws: the log, the snapshot, the data directory and the registry's memory touch files only through a `Disk`, so the
+simulator can put one that tears, forgets and fills up in its place (`simdisk.py`). Nothing here retries, buffers or
+decides: an error is raised as the `OSError` that it was.
 
 Theory. What has been written is durable only after `fdatasync` of its file has returned; that a *name* exists is
 durable only after `fsync_dir` of its directory has. Between the two calls a crash may leave any subset of the sectors
 that were written, and any subset of the names (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014).
+So what must be whole or not there at all is written under another name, synced, renamed, and its directory synced:
+`replace_durably`. A database is SQLite's to keep whole, and has its own way to the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import sqlite3
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
+from urllib.parse import quote
+
+DATABASE_PATIENCE_S: Final = 30.0  # for another program that holds a lock on the file
 
 
 class Disk(Protocol):
@@ -25,11 +33,26 @@ class Disk(Protocol):
     def list(self, directory: Path) -> list[str]:
         """The names in `directory`, in any order."""
 
+    def exists(self, path: Path) -> bool:
+        """Whether there is a file or a directory at `path`."""
+
     def open(self, path: Path) -> int:
         """Open `path` for reading and writing, created empty when absent; returns a handle."""
 
+    def open_to_read(self, path: Path) -> int:
+        """Open what is at `path` for reading alone; returns a handle. Raises FileNotFoundError where nothing is."""
+
     def open_directory(self, path: Path) -> int:
         """Open the directory `path`; returns a handle for `fsync_dir`."""
+
+    def lock(self, path: Path) -> int:
+        """Open `path`, made when absent, and lock it for this process alone, until the handle is closed or the process
+        ends; returns the handle. Raises BlockingIOError where another has it locked."""
+
+    def database(self, path: Path, *, frozen: bool = False) -> sqlite3.Connection:
+        """A connection to the SQLite database in the existing file `path`, in autocommit mode; an empty file is an empty
+        database. With `frozen`, nothing is written, not even a lock file: the caller knows that nobody changes the file.
+        Raises sqlite3.Error."""
 
     def close(self, handle: int) -> None:
         """Give the handle back."""
@@ -56,7 +79,69 @@ class Disk(Protocol):
         """Give `old` the name `new`, replacing what had it."""
 
     def remove(self, path: Path) -> None:
-        """Remove the name `path`."""
+        """Remove the name `path`. Raises FileNotFoundError where it is not there."""
+
+
+def write_all(disk: Disk, handle: int, data: bytes, offset: int) -> None:
+    """Write all of `data` at `offset`, in several goes if need be. Raises OSError, after which a part may be there."""
+    written = 0
+    while written < len(data):
+        written += disk.pwrite(handle, data[written:] if written else data, offset + written)
+
+
+def read_file(disk: Disk, path: Path) -> bytes:
+    """What the file at `path` holds. Raises FileNotFoundError where there is none, and OSError."""
+    handle = disk.open_to_read(path)
+    try:
+        return disk.pread(handle, disk.size(handle), 0)
+    finally:
+        disk.close(handle)
+
+
+def file_bytes(disk: Disk, path: Path) -> int:
+    """How many bytes the file at `path` has. Raises FileNotFoundError where there is none, and OSError."""
+    handle = disk.open_to_read(path)
+    try:
+        return disk.size(handle)
+    finally:
+        disk.close(handle)
+
+
+def touch(disk: Disk, path: Path) -> None:
+    """Make sure that there is a file at `path` that may be written. Raises OSError."""
+    disk.close(disk.open(path))
+
+
+def remove_if_there(disk: Disk, path: Path) -> None:
+    """Remove the name `path`, if it is there. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        disk.remove(path)
+
+
+def fsync_directory(disk: Disk, path: Path) -> None:
+    """Make the names in the directory `path` durable. Raises OSError."""
+    handle = disk.open_directory(path)
+    try:
+        disk.fsync_dir(handle)
+    finally:
+        disk.close(handle)
+
+
+def replace_durably(disk: Disk, path: Path, data: bytes) -> None:
+    """Make `data` the whole content of the file `path`, durably: a crash leaves the old content or the new.
+
+    It is written to a file beside it whose name ends in `.new`. Raises OSError; the content is then the old or the new.
+    """
+    beside = path.with_suffix(".new")
+    handle = disk.open(beside)
+    try:
+        disk.truncate(handle, 0)  # what an interrupted call left
+        write_all(disk, handle, data, 0)
+        disk.fdatasync(handle)
+    finally:
+        disk.close(handle)
+    disk.rename(beside, path)
+    fsync_directory(disk, path.parent)
 
 
 _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
@@ -80,13 +165,42 @@ class OsDisk:
         """os.listdir."""
         return os.listdir(directory)
 
+    def exists(self, path: Path) -> bool:
+        """Path.exists."""
+        return path.exists()
+
     def open(self, path: Path) -> int:
         """os.open; no child process inherits the descriptor."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
+    def open_to_read(self, path: Path) -> int:
+        """os.open."""
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
     def open_directory(self, path: Path) -> int:
         """os.open of a directory."""
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def lock(self, path: Path) -> int:
+        """flock, which ends with the process, however that ends."""
+        handle = self.open(path)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    def database(self, path: Path, *, frozen: bool = False) -> sqlite3.Connection:
+        """sqlite3.connect, which must find the file."""
+        mode = "mode=ro&immutable=1" if frozen else "mode=rw"
+        return sqlite3.connect(
+            f"file:{quote(str(path))}?{mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=DATABASE_PATIENCE_S,
+        )
 
     def close(self, handle: int) -> None:
         """os.close."""

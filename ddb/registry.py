@@ -11,10 +11,8 @@ the old memory or the new one.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -24,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import __version__
+from ddb.disk import Disk, OsDisk, read_file, replace_durably
 from ddb.errors import BadRequest, ReadOnly, StartupError
 from ddb.http import Route
 from ddb.roster import Memory, Roster, listed
@@ -43,25 +42,23 @@ Operation = Callable[[dict[str, Any]], dict[str, Any]]
 class MemoryFile:
     """The file `registry.json` in the data directory, which one process at a time uses."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
         """Make and lock `directory`. Raises StartupError where it can't be written, or is in use."""
         self.path = directory / "registry.json"
+        self._disk = disk or OsDisk()
         self._lock: int | None = None
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._disk.make_directory(directory)
+            self._lock = self._disk.lock(directory / "lock")
+        except BlockingIOError:
+            raise StartupError(f"The data directory {directory} is in use by another process.") from None
         except OSError as error:
             raise StartupError(f"The data directory {directory} can't be used: {error.strerror}.") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.close()
-            raise StartupError(f"The data directory {directory} is in use by another process.") from None
 
     def load(self) -> Memory | None:
         """What was saved; None where nothing was. Raises StartupError where the file is damaged."""
         try:
-            memory = Memory(**json.loads(self.path.read_bytes()))
+            memory = Memory(**json.loads(read_file(self._disk, self.path)))
             if not isinstance(memory.cluster, (str, type(None))):
                 raise ValueError("no cluster id")
             return memory
@@ -75,22 +72,12 @@ class MemoryFile:
 
     def save(self, memory: Memory) -> None:
         """Make `memory` durable. Raises OSError."""
-        temporary = self.path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(encode(asdict(memory)) + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_durably(self._disk, self.path, encode(asdict(memory)) + b"\n")
 
     def close(self) -> None:
         """Let another process use the directory. May be called twice."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._disk.close(self._lock)
             self._lock = None
 
 

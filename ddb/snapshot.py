@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -30,9 +29,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import quote
 from zlib import crc32
 
+from ddb.disk import Disk, fsync_directory, remove_if_there, touch
 from ddb.errors import CorruptStore, ReadOnly, StartupError
 from ddb.kv import DIGEST_MASK, Row, checksum
 from ddb.messages import Configuration
@@ -47,6 +46,7 @@ KV: Final = (
 META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
+HASHED_BYTES: Final = 256 << 10  # read in one go
 PAUSE_EVERY_ROWS: Final = 500
 PAUSE_S: Final = 0.0005  # long enough for a waiting loop thread to get the interpreter
 
@@ -75,13 +75,9 @@ class Copy:
 # ------------------------------------------------------------- connections
 
 
-def connect(path: Path, *, frozen: bool = False) -> sqlite3.Connection:
-    """A connection to the existing database at `path`. With `frozen`, nothing is written, not even a lock file; the
-    caller knows that nobody changes the file. Raises sqlite3.Error."""
-    mode = "mode=ro&immutable=1" if frozen else "mode=rw"
-    connection = sqlite3.connect(
-        f"file:{quote(str(path))}?{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=30.0
-    )
+def connect(disk: Disk, path: Path, *, frozen: bool = False) -> sqlite3.Connection:
+    """A connection to the existing database at `path`; see Disk.database. Raises sqlite3.Error."""
+    connection = disk.database(path, frozen=frozen)
     try:
         connection.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
         connection.execute("PRAGMA cell_size_check=ON")
@@ -138,46 +134,37 @@ def errors(path: Path) -> Iterator[None]:
 # ------------------------------------------------------------------- files
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the names in the directory `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove_side_files(path: Path) -> None:
+def remove_side_files(disk: Disk, path: Path) -> None:
     """Remove what SQLite may have left beside the database at `path`, which nobody has open: they belong to that very
     file, and would damage another one under its name."""
     for suffix in ("-wal", "-shm", "-journal"):
-        Path(f"{path}{suffix}").unlink(missing_ok=True)
+        remove_if_there(disk, Path(f"{path}{suffix}"))
 
 
-def put_in_place(new: Path, path: Path) -> None:
+def put_in_place(disk: Disk, new: Path, path: Path) -> None:
     """Give the closed and fsynced database file `new` the name `path`, durably, in the place of the one there.
 
     Side files of the old one go first, and durably: a crash in between must not leave them beside the new one.
     """
-    remove_side_files(path)
-    fsync_directory(path.parent)
-    os.replace(new, path)
-    fsync_directory(path.parent)
+    remove_side_files(disk, path)
+    fsync_directory(disk, path.parent)
+    disk.rename(new, path)
+    fsync_directory(disk, path.parent)
 
 
-def create(path: Path) -> None:
+def create(disk: Disk, path: Path) -> None:
     """Make an empty database at `path`, whole or not at all. Raises StartupError, ReadOnly or OSError."""
     new = Path(f"{path}.new")
-    new.unlink(missing_ok=True)
-    remove_side_files(new)
-    new.touch()
-    with errors(path), closing(connect(new)) as connection:
+    remove_if_there(disk, new)
+    remove_side_files(disk, new)
+    touch(disk, new)
+    with errors(path), closing(connect(disk, new)) as connection:
         connection.execute("BEGIN")
         connection.execute(KV)
         connection.execute(META)
         write_meta(connection, Meta())
         connection.execute("COMMIT")
-    put_in_place(new, path)
+    put_in_place(disk, new, path)
 
 
 # -------------------------------------------------------------------- meta
@@ -285,42 +272,49 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
 # ------------------------------------------------------------------ copies
 
 
-def copy(source: Path, path: Path) -> Copy:
+def copy(disk: Disk, source: Path, path: Path) -> Copy:
     """Make `path` a consistent copy of the database `source`, while that one is in use; for a worker thread.
 
     What is copied is the state that was committed last. The copy is one file, closed and fsynced. Raises ReadOnly,
     CorruptStore or OSError, and then leaves no file.
     """
-    path.unlink(missing_ok=True)
-    remove_side_files(path)
+    remove_if_there(disk, path)
+    remove_side_files(disk, path)
     try:
-        path.touch()
-        with errors(path), closing(connect(source)) as reader, closing(connect(path)) as writer:
+        touch(disk, path)
+        with errors(path), closing(connect(disk, source)) as reader, closing(connect(disk, path)) as writer:
             writer.execute("PRAGMA synchronous=OFF")  # one fsync at the end is enough
             reader.backup(writer)
             writer.execute("PRAGMA journal_mode=DELETE")
             meta = read_meta(writer, path)
-        remove_side_files(path)
-        return Copy(path, meta, path.stat().st_size, _fsync_and_hash(path))
+        remove_side_files(disk, path)
+        return Copy(path, meta, *_fsync_and_hash(disk, path))
     except BaseException:
-        path.unlink(missing_ok=True)
-        remove_side_files(path)
+        remove_if_there(disk, path)
+        remove_side_files(disk, path)
         raise
 
 
-def check_copy(path: Path, sha256: str | None = None) -> Meta:
+def check_copy(disk: Disk, path: Path, sha256: str | None = None) -> Meta:
     """Make sure that the file at `path`, received from elsewhere, is a whole and right database, and durable; for a
     worker thread. Returns which state it is. Raises CorruptStore, StartupError or OSError."""
-    found = _fsync_and_hash(path)
+    _, found = _fsync_and_hash(disk, path)
     if sha256 is not None and found != sha256:
         raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
-    with errors(path), closing(connect(path, frozen=True)) as connection:
+    with errors(path), closing(connect(disk, path, frozen=True)) as connection:
         for _ in verify(connection, path, gently=True):
             pass
         return read_meta(connection, path)
 
 
-def _fsync_and_hash(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _fsync_and_hash(disk: Disk, path: Path) -> tuple[int, str]:
+    """Make the file's content durable; returns its bytes and its SHA-256."""
+    handle = disk.open(path)
+    try:
+        disk.fdatasync(handle)
+        size_bytes, sha256 = disk.size(handle), hashlib.sha256()
+        for offset in range(0, size_bytes, HASHED_BYTES):
+            sha256.update(disk.pread(handle, HASHED_BYTES, offset))
+        return size_bytes, sha256.hexdigest()
+    finally:
+        disk.close(handle)

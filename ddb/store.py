@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import snapshot
+from ddb.disk import Disk, OsDisk, file_bytes, touch
 from ddb.errors import StartupError, invariant
 from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
@@ -70,11 +71,12 @@ class Store:
     """A kv.Table kept in the file `path`. Made by `Store.open`; `close()` may be called twice.
 
     `meta` is the last checkpoint that is durable. `key_count` is how many keys there are now, and `digest` the digest of
-    their rows, which the machine keeps up to date.
+    their rows, which the machine keeps up to date. `disk` is where the file is.
     """
 
-    def __init__(self, path: Path, cache_bytes_max: int) -> None:
+    def __init__(self, path: Path, disk: Disk, cache_bytes_max: int) -> None:
         self.path = path
+        self.disk = disk
         self.meta = Meta()
         self.digest = 0
         self.key_count = 0
@@ -89,7 +91,12 @@ class Store:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, cache_bytes_max: int = 256 << 20, verified_at_open_bytes_max: int = 32 << 20
+        cls,
+        path: str | Path,
+        *,
+        disk: Disk | None = None,
+        cache_bytes_max: int = 256 << 20,
+        verified_at_open_bytes_max: int = 32 << 20,
     ) -> Store:
         """Open the store in the file `path`, or make an empty one where there is no file.
 
@@ -100,17 +107,16 @@ class Store:
         Raises CorruptStore for a damaged file; StartupError where it can't be opened, or belongs to a later version;
         ReadOnly or OSError from the disk.
         """
-        path = Path(path)
+        path, disk = Path(path), disk or OsDisk()
         try:
-            if not path.exists():
-                snapshot.create(path)
-            with path.open("rb+"):
-                pass  # SQLite would open a write-protected file, and fail at the first checkpoint
+            if not disk.exists(path):
+                snapshot.create(disk, path)
+            touch(disk, path)  # SQLite would open a write-protected file, and fail at the first checkpoint
         except OSError as error:
             raise snapshot.not_writable(path, error) from error
-        store = cls(path, cache_bytes_max)
+        store = cls(path, disk, cache_bytes_max)
         try:
-            if path.stat().st_size <= verified_at_open_bytes_max:
+            if file_bytes(disk, path) <= verified_at_open_bytes_max:
                 store._verify(gently=False)
         except BaseException:
             store.close()
@@ -237,7 +243,7 @@ class Store:
         Raises ReadOnly, CorruptStore or OSError, and then leaves no file.
         """
         with self.working():
-            return snapshot.copy(self.path, Path(path))
+            return snapshot.copy(self.disk, self.path, Path(path))
 
     def install(self, received: str | Path) -> None:
         """Put the file `received`, which `snapshot.check_copy` has passed, in the place of this one, and forget all rows.
@@ -254,7 +260,7 @@ class Store:
             if busy:
                 raise StartupError(f"Another program reads the snapshot {self.path}; end it first.")
             self.close()
-            snapshot.put_in_place(Path(received), self.path)
+            snapshot.put_in_place(self.disk, Path(received), self.path)
             self._load()
         finally:
             self._working.release()
@@ -297,7 +303,7 @@ class Store:
         self._renew_changed()
         self._cache = Cache(self._cache_bytes_max, _let_go)
         with errors(self.path):
-            self._reader = snapshot.connect(self.path)
+            self._reader = snapshot.connect(self.disk, self.path)
             try:
                 snapshot.check_schema(self._reader, self.path)
                 self.meta = snapshot.read_meta(self._reader, self.path)
@@ -345,7 +351,7 @@ class Store:
         return applied, count
 
     def _verify(self, *, gently: bool) -> Meta:
-        with errors(self.path), closing(snapshot.connect(self.path)) as connection:
+        with errors(self.path), closing(snapshot.connect(self.disk, self.path)) as connection:
             meta = snapshot.read_meta(connection, self.path)
             found = KeyFilter(meta.count)
             keys = snapshot.verify(connection, self.path, gently=gently)
@@ -374,7 +380,7 @@ class Checkpoint:
         """
         started = time.monotonic()
         store = self._store
-        with store.working(), errors(store.path), closing(snapshot.connect(store.path)) as connection:
+        with store.working(), errors(store.path), closing(snapshot.connect(store.disk, store.path)) as connection:
             connection.execute(f"PRAGMA cache_size=-{WRITER_CACHE_KIB}")
             connection.execute("BEGIN IMMEDIATE")
             try:

@@ -16,14 +16,14 @@ checkpoint, copying, verifying) runs in the `background`, a function `background
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from ddb import snapshot
 from ddb.config import Bounds
+from ddb.disk import Disk, OsDisk, remove_if_there, write_all
 from ddb.errors import CorruptStore, ReadOnly, invariant
 from ddb.kv import Machine
 from ddb.messages import Batch, InstallSnapshot, Message, SnapshotReply, SnapshotRequest
@@ -67,9 +67,12 @@ class _Receiving:
     index: int
     sha256: str
     size: int
-    file: BinaryIO
+    handle: int | None  # None once it is complete
     received: int = 0
-    complete: bool = False
+
+    @property
+    def complete(self) -> bool:
+        return self.handle is None
 
 
 class Sync:
@@ -84,7 +87,9 @@ class Sync:
         drop_log_below: Callable[[int], object],
         policy: Policy | None = None,
         bounds: Bounds | None = None,
+        disk: Disk | None = None,
     ) -> None:
+        self._disk = disk or OsDisk()
         self._replica = replica
         self._raft = replica.raft
         self._store = store
@@ -100,7 +105,7 @@ class Sync:
         self._begun: tuple[Checkpoint, int, Callable[[], None]] | None = None  # until its index is durable in the log
         self._checkpoint_waiters: list[tuple[int, Waiter]] = []  # each with the index that it wants on disk
         self._copy: snapshot.Copy | None = None
-        self._copy_file: BinaryIO | None = None
+        self._copy_handle: int | None = None
         self._copying = False
         self._at_work = 0  # jobs in the background that have the store's file open
         self._wanted_by: set[str] = set()
@@ -111,7 +116,7 @@ class Sync:
         self._receiving: _Receiving | None = None
         self._verified: snapshot.Meta | None = None  # what was received, waiting for a checkpoint to end
         for path in (self._copy_path, self._incoming_path):
-            path.unlink(missing_ok=True)
+            remove_if_there(self._disk, path)
         if not store.verified:
             self._in_store(store.verify, self._on_store_verified)
 
@@ -290,15 +295,15 @@ class Sync:
             self._wanted_by.clear()
             return
         self._copy = copy
-        self._copy_file = copy.path.open("rb")
+        self._copy_handle = self._disk.open_to_read(copy.path)
 
     def _send_chunks(self, peer: str) -> None:
-        sending, copy, file = self._sendings[peer], self._copy, self._copy_file
-        if copy is None or file is None:
+        sending, copy, handle = self._sendings[peer], self._copy, self._copy_handle
+        if copy is None or handle is None:
             return
         window_end = sending.acknowledged + CHUNKS_IN_FLIGHT * self._chunk_bytes
         while sending.next < min(window_end, copy.size_bytes):
-            data = os.pread(file.fileno(), self._chunk_bytes, sending.next)
+            data = self._disk.pread(handle, self._chunk_bytes, sending.next)
             meta, raft = copy.meta, self._raft
             self._replica.send(
                 InstallSnapshot(
@@ -334,10 +339,10 @@ class Sync:
             self._drop_copy()
 
     def _drop_copy(self) -> None:
-        if self._copy_file is not None:
-            self._copy_file.close()
-            self._copy_file = None
-            self._copy_path.unlink(missing_ok=True)
+        if self._copy_handle is not None:
+            self._disk.close(self._copy_handle)
+            self._copy_handle = None
+            remove_if_there(self._disk, self._copy_path)
         self._copy = None
 
     # --- receiving ----------------------------------------------------------------------------------------------
@@ -352,16 +357,18 @@ class Sync:
                 return  # one is being verified; the sender will try again
             self._stop_receiving()
             log.info("%r: receiving the snapshot of %d, %d bytes", self._replica, m.index, m.size)
-            self._receiving = receiving = _Receiving(m.src, m.index, m.sha256, m.size, self._incoming_path.open("wb"))
-        if m.offset == receiving.received and not receiving.complete:
-            receiving.file.write(m.data)
+            handle = self._disk.open(self._incoming_path)
+            self._receiving = receiving = _Receiving(m.src, m.index, m.sha256, m.size, handle)
+            self._disk.truncate(handle, 0)
+        if m.offset == receiving.received and receiving.handle is not None:
+            write_all(self._disk, receiving.handle, m.data, m.offset)
             receiving.received += len(m.data)
         self._acknowledge(m.src, m.index, receiving.received)
-        if receiving.received >= receiving.size and not receiving.complete:
-            receiving.complete = True
-            receiving.file.close()
-            path, sha256 = self._incoming_path, receiving.sha256
-            self._background(lambda: snapshot.check_copy(path, sha256), self._on_verified)
+        if receiving.received >= receiving.size and receiving.handle is not None:
+            self._disk.close(receiving.handle)
+            receiving.handle = None
+            disk, path, sha256 = self._disk, self._incoming_path, receiving.sha256
+            self._background(lambda: snapshot.check_copy(disk, path, sha256), self._on_verified)
 
     def _is_useless(self, index: int) -> bool:
         """Whether the state of `index` would bring nothing that is not here."""
@@ -409,7 +416,8 @@ class Sync:
 
     def _stop_receiving(self) -> None:
         if self._receiving is not None:
-            self._receiving.file.close()
+            if self._receiving.handle is not None:
+                self._disk.close(self._receiving.handle)
             self._receiving = None
             self._verified = None
-            self._incoming_path.unlink(missing_ok=True)
+            remove_if_there(self._disk, self._incoming_path)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from ddb.disk import OsDisk
 from ddb.errors import BadRequest, DdbError, Overloaded, ReadOnly, StartupError, WrongCluster
 from ddb.registry import MemoryFile, Registry
 from ddb.roster import NODES_MAX, Memory, Roster
@@ -228,39 +229,59 @@ def test_what_is_saved_is_loaded(file: MemoryFile) -> None:
         assert file.load() == memory
 
 
-def test_the_grant_is_on_disk_before_the_reply(file: MemoryFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    real = os.fsync
+def test_the_grant_is_on_disk_before_the_reply(tmp_path: Path) -> None:
+    done: list[str] = []
 
-    def fsync(handle: int) -> None:
-        real(handle)
-        synced.append("directory" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
+    class Watched(OsDisk):
+        def fdatasync(self, handle: int) -> None:
+            super().fdatasync(handle)
+            done.append("file")
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    service = Registry(Roster(Memory(), 0.0), file)
-    slot = FakeSlot()
-    slot.reply = lambda body: synced.append("reply")  # type: ignore[method-assign]
-    service.request({"op": "bootstrap", **ask(1)}, slot)  # type: ignore[arg-type]
-    assert synced == ["file", "directory", "reply"]
-    assert file.load() == Memory("proposal1", "id1")
+        def rename(self, old: Path, new: Path) -> None:
+            super().rename(old, new)
+            done.append("name")
+
+        def fsync_dir(self, handle: int) -> None:
+            super().fsync_dir(handle)
+            done.append("directory")
+
+    file = MemoryFile(tmp_path, Watched())
+    try:
+        service = Registry(Roster(Memory(), 0.0), file)
+        slot = FakeSlot()
+        slot.reply = lambda body: done.append("reply")  # type: ignore[method-assign]
+        service.request({"op": "bootstrap", **ask(1)}, slot)  # type: ignore[arg-type]
+        assert done == ["file", "name", "directory", "reply"]
+        assert file.load() == Memory("proposal1", "id1")
+    finally:
+        file.close()
 
 
-def test_a_disk_that_refuses_grants_nothing(file: MemoryFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Registry(Roster(Memory(), 0.0), file)
+def test_a_disk_that_refuses_grants_nothing(tmp_path: Path) -> None:
+    class Full(OsDisk):
+        full = True
 
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
+        def fdatasync(self, handle: int) -> None:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            super().fdatasync(handle)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
+    disk = Full()
+    file = MemoryFile(tmp_path, disk)
+    try:
+        service = Registry(Roster(Memory(), 0.0), file)
         for number in (1, 2):
             with pytest.raises(ReadOnly, match="disk"):
                 call(service, op="bootstrap", **ask(number))
         with pytest.raises(ReadOnly):
             call(service, op="register", **node(7, "elsewhere"))
         assert call(service, op="status")["cluster"] is None
-    assert call(service, op="bootstrap", **ask(2))["granted"]
-    assert file.load() == Memory("proposal2", "id2")
+        assert file.load() is None
+        disk.full = False
+        assert call(service, op="bootstrap", **ask(2))["granted"]
+        assert file.load() == Memory("proposal2", "id2")
+    finally:
+        file.close()
 
 
 def test_a_cluster_learnt_from_a_node_is_remembered(file: MemoryFile) -> None:

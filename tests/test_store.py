@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import signal
 import sqlite3
@@ -23,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ddb import layers, snapshot, store
+from ddb.disk import Disk, OsDisk
 from ddb.errors import CorruptStore, InvariantError, ReadOnly, StartupError
 from ddb.kv import Machine, MemoryTable, Row, checksum, digest_of
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer
@@ -164,7 +164,7 @@ def test_there_is_one_checkpoint_at_a_time_and_it_does_not_go_back(path: Path) -
 
 
 def test_a_commit_is_fsynced(path: Path) -> None:
-    with Store.open(path), contextlib.closing(snapshot.connect(path)) as connection:
+    with Store.open(path), contextlib.closing(snapshot.connect(OsDisk(), path)) as connection:
         assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
@@ -309,7 +309,7 @@ class StoreModel(RuleBasedStateMachine):
     @rule()
     def install_own_copy(self) -> None:
         copied = self.store.copy_to(self.path.with_name("copy.db"))
-        assert check_copy(copied.path, copied.sha256) == copied.meta == self.store.meta
+        assert check_copy(OsDisk(), copied.path, copied.sha256) == copied.meta == self.store.meta
         self.store.install(copied.path)
         self.rev, rows = self.durable
         self.now = dict(rows)
@@ -468,40 +468,49 @@ def test_a_kill_during_a_checkpoint_leaves_one_whole_checkpoint(path: Path) -> N
     assert 0 < between < 12, "some kills came before the commit, and some after it"
 
 
+class Crash(Exception):
+    pass
+
+
+class CrashingDisk(OsDisk):
+    """From `point` on, no name is changed or made durable any more."""
+
+    point: int | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def fsync_dir(self, handle: int) -> None:
+        self._note("fsync")
+        super().fsync_dir(handle)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._note("rename")
+        super().rename(old, new)
+
+    def _note(self, name: str) -> None:
+        if self.point is not None:
+            self.calls.append(name)
+            if len(self.calls) > self.point:
+                raise Crash
+
+
 @pytest.mark.parametrize("point", range(3))
-def test_a_crash_during_an_install_leaves_the_old_file_or_the_new(
-    path: Path, tmp_path: Path, point: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_during_an_install_leaves_the_old_file_or_the_new(path: Path, tmp_path: Path, point: int) -> None:
     with Store.open(tmp_path / "other.db") as other:
         fill(other, 50, 9)
         checkpoint(other, 9)
         copied = other.copy_to(tmp_path / "copied.db")
-    target = Store.open(path)
+    disk = CrashingDisk()
+    target = Store.open(path, disk=disk)
     fill(target, 10)
     checkpoint(target, 5)
-
-    class Crash(Exception):
-        pass
-
-    calls: list[str] = []
-
-    def crashing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            calls.append(name)
-            if len(calls) > point:
-                raise Crash
-            return real(*arguments)
-
-        return call
-
-    monkeypatch.setattr(snapshot, "fsync_directory", crashing("fsync", snapshot.fsync_directory))
-    monkeypatch.setattr(os, "replace", crashing("replace", os.replace))
+    disk.point = point
     with pytest.raises(Crash):
         target.install(copied.path)
-    monkeypatch.undo()
     target.close()
     with Store.open(path) as after:
-        assert calls == ["fsync", "replace", "fsync"][: point + 1]
+        assert disk.calls == ["fsync", "rename", "fsync"][: point + 1]
         assert (after.meta.applied, after.count()) == ((9, 50) if point == 2 else (5, 10))
 
 
@@ -525,8 +534,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     real = snapshot.connect
     full = False
 
-    def connect(path: Path, *, frozen: bool = False) -> sqlite3.Connection:
-        connection = real(path, frozen=frozen)
+    def connect(disk: Disk, path: Path, *, frozen: bool = False) -> sqlite3.Connection:
+        connection = real(disk, path, frozen=frozen)
         if full:
             connection.execute("PRAGMA max_page_count=1")
         return connection
@@ -807,7 +816,7 @@ def test_a_copy_is_one_file_with_the_last_checkpoint(path: Path, tmp_path: Path)
     assert copied.size_bytes == copied.path.stat().st_size
     assert copied.path.read_bytes()[18:20] == b"\1\1", "it needs no write-ahead log (SQLite file format §1.3.3)"
     assert (
-        check_copy(copied.path, copied.sha256)
+        check_copy(OsDisk(), copied.path, copied.sha256)
         == copied.meta
         == Meta(5, 1, CONFIGURATION, digest_of(iter(rows.items())), 500)
     )
@@ -831,7 +840,7 @@ def test_a_copy_can_be_made_while_checkpoints_go_on(path: Path, tmp_path: Path) 
             for thread in threads:
                 thread.join()
             target.finish_checkpoint(begun)
-            assert check_copy(copies[-1].path, copies[-1].sha256).applied in (rev - 1, rev)
+            assert check_copy(OsDisk(), copies[-1].path, copies[-1].sha256).applied in (rev - 1, rev)
 
 
 def test_an_installed_copy_replaces_everything(path: Path, tmp_path: Path) -> None:
@@ -864,21 +873,21 @@ def test_a_copy_that_is_not_right_is_refused(tmp_path: Path, path: Path) -> None
         copied = target.copy_to(tmp_path / "copy.db")
     data = copied.path.read_bytes()
     with pytest.raises(CorruptStore, match="SHA-256"):
-        check_copy(copied.path, "0" * 64)
+        check_copy(OsDisk(), copied.path, "0" * 64)
     chance = random.Random(3)
     refused = 0
     for _ in range(60):
         copied.path.write_bytes(flipped(data, chance.randrange(len(data) * 8)))
         with pytest.raises(CorruptStore, match="SHA-256"):
-            check_copy(copied.path, copied.sha256)
+            check_copy(OsDisk(), copied.path, copied.sha256)
         try:
-            assert check_copy(copied.path) == copied.meta
+            assert check_copy(OsDisk(), copied.path) == copied.meta
         except StartupError:
             refused += 1
     assert refused > 10  # the rest hit free space
     copied.path.write_bytes(data[: len(data) // 2])
     with pytest.raises(CorruptStore):
-        check_copy(copied.path)
+        check_copy(OsDisk(), copied.path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["copy.db", "store.db"]
 
 
