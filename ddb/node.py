@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import signal
 import socket
 import sys
@@ -29,6 +28,7 @@ from ddb import wire
 from ddb.config import Bounds, Timing
 from ddb.datadir import DataDirectory
 from ddb.discovery import Discovery
+from ddb.disk import Disk, remove_if_there
 from ddb.election import STRATEGIES, Election
 from ddb.errors import BadRequest, CorruptStore, DdbError, Forbidden, InvariantError, NoLeader, Overloaded, StartupError
 from ddb.kv import Machine
@@ -85,7 +85,7 @@ class Node:
     def __init__(self, settings: Settings, world: World | None = None) -> None:
         self.settings = settings
         self._closing: list[Callable[[], object]] = []
-        self.world: World = OsWorld() if world is None else world
+        self.world = world or OsWorld()
         self.loop = self.world.loop
         self._closing.append(self.loop.close)
         self.now = self.loop.now
@@ -115,7 +115,7 @@ class Node:
     # --- starting -----------------------------------------------------------------------------------------------
 
     def _open(self, settings: Settings) -> None:
-        self.data = DataDirectory.open(settings.data_dir)
+        self.data = DataDirectory.open(settings.data_dir, disk=self.world.disk, new_id=self.world.new_id)
         self._closing.append(self.data.close)
         self.id = self.data.identity.id
         self.name = settings.name or self.id
@@ -136,10 +136,10 @@ class Node:
 
     def _open_replica(self, settings: Settings) -> None:
         """Put the member together from what its disk remembers."""
-        journal = Log.open(self.data.log_path, repair=settings.repair)
+        journal = Log.open(self.data.log_path, disk=self.world.disk, repair=settings.repair)
         self._closing.append(journal.close)
         self.data.change(born=True)
-        store = _open_store(self.data.store_path, settings.repair)
+        store = _open_store(self.data.store_path, self.world.disk, settings.repair)
         self._closing.append(store.close)
         raft_log = _recovered_log(journal, store, settings.repair)
         config = store.meta.configuration or Configuration(self.data.identity.cluster or "", settings.election)
@@ -154,7 +154,10 @@ class Node:
         self._closing.append(worker.close)
         machine = Machine(store, store.meta.applied)
         self.replica = Replica(raft, machine, writer, self._send, journal.read, self.world.wall_ms, bounds)
-        self.sync = Sync(self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds)
+        self.sync = Sync(
+            self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds,
+            disk=self.world.disk,
+        )  # fmt: skip
         self._closing.append(self.sync.close)
         self.replica.snapshots = self.sync
         self.replica.push = self.loop.flush
@@ -429,9 +432,9 @@ class Node:
             self._closing.pop()()
 
 
-def _open_store(path: Path, repair: bool) -> Store:
+def _open_store(path: Path, disk: Disk, repair: bool) -> Store:
     try:
-        return Store.open(path)
+        return Store.open(path, disk=disk)
     except CorruptStore as error:
         if not repair:
             raise CorruptStore(
@@ -439,10 +442,10 @@ def _open_store(path: Path, repair: bool) -> Store:
             ) from error
         damaged = path.with_suffix(".damaged")
         log.warning("%s; it is kept as %s", error.message, damaged)
-        os.replace(path, damaged)
+        disk.rename(path, damaged)
         for side in ("-wal", "-shm"):
-            path.with_name(path.name + side).unlink(missing_ok=True)
-        return Store.open(path)
+            remove_if_there(disk, path.with_name(path.name + side))
+        return Store.open(path, disk=disk)
 
 
 def _recovered_log(journal: Log, store: Store, repair: bool) -> RaftLog:

@@ -78,7 +78,8 @@ class OsWorld:
     """The real one: sockets, threads, the operating system's clocks and files."""
 
     def __init__(self) -> None:
-        self.loop = Loop()
+        self._loop = Loop()
+        self.loop: Reactor = self._loop
         self.disk: Disk = OsDisk()
         self.rng = random.Random()
 
@@ -92,7 +93,7 @@ class OsWorld:
 
     def listen(self, service: Service, host: str, port: int, limits: Limits) -> Server:
         """See World."""
-        return Server(self.loop, service, host, port, limits)
+        return Server(self._loop, service, host, port, limits)
 
     def writer(
         self,
