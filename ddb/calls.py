@@ -269,7 +269,7 @@ class _Call:
         knowledge = self.knowledge
         if self.at is not None:
             return
-        if knowledge.home is None or self.local:
+        if knowledge.home is None:
             knowledge.home = address
         if not self.local:
             hint = _addresses([reply.get("leader")])

@@ -223,6 +223,13 @@ def test_a_read_that_nobody_answers_in_time_is_unreachable_and_names_each_reason
     )
 
 
+def test_only_what_the_last_round_heard_is_told() -> None:
+    world = World(a=[no("not_leader", leader=C), REFUSED], c=[CUT])
+    with pytest.raises(errors.Unreachable) as caught:
+        world.call(knowing(A, unreachable_s=0.1), PUT)
+    assert caught.value.message == "No server answered: a:1 can't be reached (connection refused)."
+
+
 def test_what_a_server_said_goes_before_what_none_said() -> None:
     world = World(a=[REFUSED], b=[no("no_leader")], c=[CUT])
     with pytest.raises(errors.NoLeader, match="The script says no_leader"):
@@ -378,6 +385,24 @@ def test_a_home_that_fails_is_left_for_good() -> None:
     assert [address for address, _ in world.asked] == [A, A, B, B]
 
 
+def test_a_home_that_fails_a_write_is_left_for_good() -> None:
+    world = World(a=[ok(), CUT, ok()], b=[ok()])
+    knowledge = knowing(A, B)
+    world.call(knowledge, PUT)
+    world.call(knowledge, PUT)
+    world.call(knowledge, STALE)
+    assert [address for address, _ in world.asked] == [A, A, B, B]
+
+
+def test_a_leader_that_fails_a_question_of_another_kind_is_forgotten() -> None:
+    world = World(a=[ok(), CUT, ok()], b=[ok()])
+    knowledge = knowing(A, B)
+    world.call(knowledge, PUT)
+    world.call(knowledge, STALE)
+    world.call(knowledge, PUT)
+    assert [address for address, _ in world.asked] == [A, A, B, B]
+
+
 def test_a_question_at_an_address_goes_there_and_teaches_nothing() -> None:
     world = World(a=[ok()], c=[ok(leader=B)])
     knowledge = Knowledge([A], REGISTRY)
@@ -429,7 +454,7 @@ def test_a_connection_to_the_leader_is_kept_whether_or_not_it_is_a_known_member(
     assert world.effects[-1] == Keep((A, B))
 
 
-@pytest.mark.parametrize("status", [REFUSED, LOST, b"nonsense", no("internal"), ok(members=7), ok(members=[])])
+@pytest.mark.parametrize("status", [REFUSED, LOST, b"nonsense", b"[1]", no("internal"), ok(members=7), ok(members=[])])
 def test_what_can_not_be_learnt_spoils_no_reply_and_no_knowledge(status: Answer) -> None:
     world = World(a=lambda r: status if r["op"] == "status" else ok(rev=1))
     knowledge = Knowledge([A], learnt=(B,))
@@ -466,7 +491,9 @@ def test_the_registry_is_asked_again_after_each_round_that_failed() -> None:
     assert world.asked == [a, registry, a, b, registry, a, b]
 
 
-@pytest.mark.parametrize("nodes", [REFUSED, LOST, b"nonsense", no("internal"), ok(nodes=[]), ok(nodes={"a": 1})])
+@pytest.mark.parametrize(
+    "nodes", [REFUSED, LOST, b"nonsense", b"[1]", no("internal"), ok(nodes=[]), ok(nodes={"a": 1})]
+)
 def test_a_registry_that_names_nobody_is_asked_until_time_is_up(nodes: Answer) -> None:
     world = World(registry=[nodes])
     began_s = world.now_s
