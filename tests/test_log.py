@@ -22,7 +22,7 @@ from ddb.errors import Compacted, CorruptLog, InvariantError, ReadOnly, StartupE
 from ddb.log import Log, LogWriter, OsDisk
 from ddb.messages import Batch, Configuration, HardState, Member
 from ddb.record import Cut, Header, Reset, decode, encode, encode_group, line_at, lines, search
-from tests.simdisk import SimDisk
+from ddb.simdisk import SimDisk
 
 SIMULATED = Path("/data/log")
 FIRST = SIMULATED / "00000001.log"
@@ -246,7 +246,7 @@ def test_a_directory_that_can_not_be_used_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="can't be used"):
         Log.open(tmp_path / "file")
     disk = SimDisk()
-    disk.fail["open"] = errno.EACCES
+    disk.fail("open", errno.EACCES)
     with pytest.raises(StartupError, match="/data/log can't be used"):
         Log.open(SIMULATED, disk=disk)
 
@@ -431,11 +431,11 @@ def test_after_a_failed_write_or_sync_nothing_is_written_any_more(operation: str
     disk = SimDisk()
     log = Log.open(SIMULATED, disk=disk)
     synced(log, batch(1, 1))
-    disk.fail[operation] = errno.EIO
+    disk.fail(operation, errno.EIO)
     log.write(None, [batch(2, 2)])
     with pytest.raises(OSError, match=operation):
         log.sync()
-    disk.fail.clear()
+    disk.faults.clear()
     calls = dict(disk.calls)
     with pytest.raises(InvariantError, match="disk failed"):
         log.sync()
@@ -446,11 +446,11 @@ def test_after_a_failed_write_or_sync_nothing_is_written_any_more(operation: str
 def test_a_full_disk_found_out_by_the_sync_is_a_failure() -> None:
     disk = SimDisk()
     log = Log.open(SIMULATED, disk=disk)
-    disk.fail["fdatasync"] = errno.ENOSPC
+    disk.fail("fdatasync", errno.ENOSPC)
     log.write(None, [batch(1, 1)])
     with pytest.raises(OSError, match="fdatasync"):
         log.sync()
-    disk.fail.clear()
+    disk.faults.clear()
     with pytest.raises(InvariantError):
         log.sync()
 
@@ -460,11 +460,11 @@ def test_a_segment_whose_name_may_not_be_durable_is_a_failure(operation: str) ->
     disk = SimDisk()
     log = Log.open(SIMULATED, disk=disk, segment_bytes_max=100)
     synced(log, batch(1, 1))
-    disk.fail[operation] = errno.EIO
+    disk.fail(operation, errno.EIO)
     log.write(None, [batch(2, 2)])
     with pytest.raises(OSError):
         log.sync()
-    disk.fail.clear()
+    disk.faults.clear()
     with pytest.raises(InvariantError):
         log.sync()
 

@@ -15,7 +15,7 @@ from ddb.errors import CorruptLog
 from ddb.log import Log
 from ddb.messages import Batch, Configuration, HardState, Member
 from ddb.record import Header, encode, encode_group
-from tests.simdisk import Crash, SimDisk
+from ddb.simdisk import Crash, SimDisk
 
 DIRECTORY = Path("/data/log")
 FIRST, SECOND = DIRECTORY / "00000001.log", DIRECTORY / "00000002.log"
