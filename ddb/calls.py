@@ -182,7 +182,7 @@ class _Call:
         self.rng = rng
         self.began_s = now()
         self.deadline_s = self.began_s + timeout_s
-        op = self.request.get("op")
+        op = str(self.request.get("op"))
         self.repeatable = op in REPEATABLE
         self.local = op in LOCAL or self.request.get("read") == "stale"
         self.failures: dict[str, DdbError] = {}
@@ -207,7 +207,10 @@ class _Call:
                     raise
                 self._note(address, error)
                 continue
-            yield from self._follow(address, reply)
+            if self.at is None:
+                self._follow(address, reply)
+                if self.knowledge.learn_due:
+                    yield from self._learn(address)
             return reply
 
     def _next(self) -> str | None:
@@ -264,18 +267,14 @@ class _Call:
         elif knowledge.leader == address:
             knowledge.leader = None
 
-    def _follow(self, address: str, reply: dict[str, Any]) -> Generator[Effect, bytes | None, None]:
+    def _follow(self, address: str, reply: dict[str, Any]) -> None:
         """Learn from a success where the next request should go."""
         knowledge = self.knowledge
-        if self.at is not None:
-            return
         if knowledge.home is None:
             knowledge.home = address
         if not self.local:
             hint = _addresses([reply.get("leader")])
             knowledge.leader = hint[0] if hint else address
-        if knowledge.learn_due:
-            yield from self._learn(address)
 
     # ------------------------------------------------------- one server
 

@@ -6,8 +6,10 @@ import asyncio
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -153,11 +155,12 @@ def test_a_write_that_was_answered_with_nonsense_is_not_sent_again(answer: bytes
     assert world.asked == [(A, "put")]
 
 
-def test_an_operation_that_it_does_not_know_is_treated_like_a_write() -> None:
+@pytest.mark.parametrize("unknown", ["frobnicate", ["get"], None])
+def test_an_operation_that_it_does_not_know_is_treated_like_a_write(unknown: Any) -> None:
     world = World(a=[LOST], b=[ok()])
     with pytest.raises(errors.OutcomeUnknown):
-        world.call(knowing(A, B), {"op": "frobnicate"})
-    assert world.asked == [(A, "frobnicate")]
+        world.call(knowing(A, B), {"op": unknown})
+    assert world.asked == [(A, unknown)]
 
 
 OUTCOMES = st.sampled_from(
@@ -568,6 +571,24 @@ def test_a_request_that_is_no_json_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(errors.BadRequest):
         world.call(knowing(A), {"op": "put", "key": "k", "value": float("nan")})
     assert world.effects == []
+
+
+def test_the_driver_in_the_documentation_drives() -> None:
+    example = re.search(r"^    steps = .*?^    finally:\n.*?$", calls.__doc__ or "", re.MULTILINE | re.DOTALL)
+    assert example is not None
+    world = World(a=[CUT], b=[ok(found=False, leader=A)])
+
+    def perform(effect: Effect) -> bytes | None:
+        answer = world.perform(effect)
+        if isinstance(answer, Failed):
+            raise answer
+        return answer
+
+    names: dict[str, Any] = {**vars(calls), "time": time, "perform": perform, "knowledge": knowing(A, B)}
+    exec(f"def drive():\n{example[0]}", names)
+    world.now_s = time.monotonic()
+    assert names["drive"]() == ok(found=False, leader=A)
+    assert world.asked == [(A, "get"), (B, "get")]
 
 
 def test_an_event_loop_drives_the_same_calls() -> None:
