@@ -60,6 +60,9 @@ class Disk(Protocol):
     def size(self, handle: int) -> int:
         """The file's length in bytes."""
 
+    def drop_cache(self, handle: int) -> None:
+        """Let what is read next come from the medium, where the system can do that, and not from memory."""
+
     def pread(self, handle: int, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset` on; fewer only at the file's end."""
 
@@ -209,6 +212,11 @@ class OsDisk:
     def size(self, handle: int) -> int:
         """os.fstat."""
         return os.fstat(handle).st_size
+
+    def drop_cache(self, handle: int) -> None:
+        """os.posix_fadvise, which is advice, and which macOS has not."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def pread(self, handle: int, count: int, offset: int) -> bytes:
         """os.pread, as often as it takes."""

@@ -6,6 +6,8 @@ Laws:
    and the member is *in doubt*; or it is refused, and nothing is changed.
 2. Doubt is durable before the bytes that raised it are gone, so no crash in between can hide it.
 3. Whatever recovery does can be interrupted at any point and done again.
+4. What it reads is durable. A killed process leaves names and bytes that only the system's memory holds, and an fsync that
+   failed leaves bytes that look saved and never will be. So names and contents are synced first, and then read past the cache.
 
 Theory. Reading stops at the first byte that does not continue the log: the *damage*. Line feeds up to the end of a
 file are reserve and mean nothing; zero bytes are never written, so they are damage. What matters is the evidence
@@ -67,6 +69,7 @@ def recover(directory: Directory, repair: bool) -> Recovered:
     `repair`, and OSError.
     """
     numbers = _tidy(directory)
+    directory.sync()
     log = Recovered()
     if not numbers:
         log.segments.append(create(directory, Header(1, log.hard_state, log.base)))
@@ -109,6 +112,8 @@ def _read(directory: Directory, numbers: list[int], log: Recovered) -> _Damage |
             return _Damage(expected, 0, "the file is missing")
         path = directory.file(number)
         handle = directory.disk.open(path)
+        directory.disk.fdatasync(handle)
+        directory.disk.drop_cache(handle)
         buffer = directory.disk.pread(handle, directory.disk.size(handle), 0)
         segment = Segment(number, path, handle, 0, len(buffer))
         log.segments.append(segment)

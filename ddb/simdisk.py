@@ -105,6 +105,14 @@ class File:
             self.durable = self._survivors(rng)
         self.written.clear()
 
+    def drop_cache(self) -> None:
+        """Let what a failed fdatasync lost be seen to be lost."""
+        left = self.durable[: len(self.now)].ljust(len(self.now), b"\0")
+        for start, end in self.written:
+            left[start:end] = self.now[start:end]
+        self.now = left
+        self.version += 1
+
     def die(self, rng: random.Random) -> None:
         """The process ended: a commit that was under way has happened, or has not."""
         if self.maybe is not None:
@@ -350,6 +358,12 @@ class SimDisk:
     def size(self, handle: int) -> int:
         """See Disk."""
         return len(self._file(handle).now)
+
+    def drop_cache(self, handle: int) -> None:
+        """See Disk."""
+        file = self._file(handle)
+        self._called("drop_cache", file.path)
+        file.drop_cache()
 
     def pread(self, handle: int, count: int, offset: int) -> bytes:
         """See Disk."""

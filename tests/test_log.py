@@ -418,9 +418,8 @@ def test_a_reserve_that_finds_no_room_is_done_without() -> None:
 def test_a_segment_grows_on_where_there_is_no_room_to_begin_another() -> None:
     disk = SimDisk()
     log = Log.open(SIMULATED, disk=disk, segment_bytes_max=1000)
-    synced(log, batch(1, 1))  # with the reserve, there is room in the file
-    disk.room_bytes = 20
-    for i in range(2, 30):
+    disk.fail("pwrite", errno.ENOSPC, path="*.new")
+    for i in range(1, 30):
         synced(log, batch(i, i))
     assert list(disk.names) == [FIRST]
     assert log.last == (29, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -533,3 +534,50 @@ def test_a_log_goes_on_after_crash_after_crash(seed: int) -> None:
         except Crash:
             pass
         disk.crash(rng)
+
+
+def test_what_a_failed_fsync_lost_is_not_taken_for_durable_by_the_next_process() -> None:
+    for seed in range(20):
+        rng = random.Random(seed)
+        disk = SimDisk(rng)
+        log = Log.open(DIRECTORY, disk=disk)
+        log.write(HardState(1, "n1"), [batch(1, 1, 1)])
+        log.sync()
+        disk.fail("fdatasync", errno.EIO, times=1)
+        log.write(None, [batch(2, 2, 1)])
+        with pytest.raises(OSError, match="fdatasync"):
+            log.sync()
+        disk.restart(rng)
+        log = Log.open(DIRECTORY, disk=disk)
+        recovered = log.last
+        log.write(None, [batch(recovered[0] + 1, recovered[0] + 1, 2)])
+        log.sync()
+        disk.crash(rng)
+        after = Log.open(DIRECTORY, disk=disk)
+        assert after.last == (recovered[0] + 1, 2) and after.hard_state == log.hard_state
+
+
+def test_what_a_killed_process_had_not_synced_is_durable_once_the_next_one_has_read_it() -> None:
+    found = set()
+    for crash_at in range(60):
+        for seed in range(8):
+            rng = random.Random(seed)
+            disk = SimDisk()
+            log = Log.open(DIRECTORY, disk=disk, segment_bytes_max=300)
+            disk.changes, disk.crash_at = 0, crash_at
+            try:
+                for i in range(1, 12):
+                    log.write(None, [batch(i, i, 1)])
+                    log.sync()
+            except Crash:
+                pass
+            disk.restart(rng)
+            recovered = Log.open(DIRECTORY, disk=disk)
+            if seed % 2:  # into a segment whose name the killed process had not made durable
+                recovered.write(None, [batch(recovered.last[0] + 1, recovered.last[0] + 1, 1)])
+                recovered.sync()
+            disk.crash(rng)
+            after = Log.open(DIRECTORY, disk=disk)
+            assert (after.last, after.hard_state) == (recovered.last, recovered.hard_state)
+            found.add(after.last[0])
+    assert found == set(range(1, 13))
