@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import __version__
-from ddb.disk import Disk, OsDisk, read_file, replace_durably
+from ddb.disk import Disk, OsDisk, fsync_directory, read_file, replace_durably
 from ddb.errors import BadRequest, ReadOnly, StartupError
 from ddb.http import Route
 from ddb.roster import Memory, Roster, listed
@@ -61,6 +61,7 @@ class MemoryFile:
             memory = Memory(**json.loads(read_file(self._disk, self.path)))
             if not isinstance(memory.cluster, (str, type(None))):
                 raise ValueError("no cluster id")
+            fsync_directory(self._disk, self.path.parent)  # the process before may have been killed before it did
             return memory
         except FileNotFoundError:
             return None
