@@ -28,7 +28,9 @@ import ddb
 from ddb import overview, wire
 from ddb.client import Client, connect, next_page
 from ddb.errors import DdbError, Unreachable
+from ddb.progress import Progress
 from ddb.settings import USAGE, OneLineParser, seconds, whole
+from ddb.workload import MIX, Fault, mix_shown, parse_faults, parse_mix
 
 DEFAULT_SERVER: Final = "127.0.0.1:8050"
 OK, ERROR, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 3, 4, 5, 130, 141
@@ -36,6 +38,8 @@ REVISION_MAX: Final = (1 << 63) - 1
 UNREACHABLE_S: Final = 1.0
 PAGE_ITEMS: Final = 1000  # asked for at once
 UP_DIRECTORY: Final = "ddb-data"
+TIMEOUT_S: Final = 5.0
+VERIFY_TIMEOUT_S: Final = 1.0  # of one operation
 
 EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 condition not met,
             5 no leader or unreachable, 6 outcome unknown (the write may have happened)"""
@@ -71,8 +75,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.timeout is None:
+        args.timeout = VERIFY_TIMEOUT_S if args.command == "verify" else TIMEOUT_S
+    if args.command == "verify":
+        return _verify(args)
     if args.command == "up":
-        from ddb import up  # it alone needs the machinery of processes
+        from ddb import up  # it needs the machinery of processes, which others don't
 
         settings = up.Settings(
             Path(args.dir), args.nodes, args.host, args.port, args.registry_port, args.election, args.ready_timeout
@@ -271,6 +279,47 @@ def _entry_shown(entry: dict[str, Any]) -> str:
     return "members: " + ", ".join(m["name"] if m["voter"] else f"{m['name']} (learner)" for m in members)
 
 
+# ----------------------------------------------------------------- verify
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ddb import verify  # like `up`, it needs more than others
+
+    if args.html is not None and not _can_be_written(args.html):
+        raise UsageError(f"{args.html} can't be written: choose another file for --html.")
+    settings = verify.Settings(
+        servers=tuple(_addresses(args.server)), seconds=args.seconds, clients=args.clients, keys=args.keys,
+        rate=args.rate, mix=args.mix, timeout_s=args.timeout, seed=args.seed, faults=args.faults or (),
+        nodes=args.nodes, election=args.election,
+    )  # fmt: skip
+    with Progress(sys.stderr) as progress:
+        findings = verify.run(settings, progress.show)
+    if args.json:
+        _print_json(findings.to_json())
+    else:
+        print("\n".join(findings.lines(overview.wants_colour(sys.stdout))))
+    if findings.refuted and args.html is not None:
+        args.html.write_text(findings.to_html(), encoding="utf-8")
+        _complain(f"The picture is in {args.html}.")
+    if findings.trouble:
+        _complain(findings.trouble)
+    return findings.exit_code
+
+
+def _can_be_written(path: Path) -> bool:
+    place = path if path.exists() else path.parent
+    return os.access(place, os.W_OK) and not path.is_dir()
+
+
+def _addresses(servers: str) -> list[str]:
+    """The addresses in `--server`, each in the one way."""
+    try:
+        with connect(servers, discover=False) as client:
+            return list(client.servers)
+    except DdbError as error:
+        raise UsageError(error.message) from None
+
+
 # ----------------------------------------------------------- in and out
 
 
@@ -394,7 +443,11 @@ def _common(parser: argparse.ArgumentParser, top: bool) -> None:
     )
     parser.add_argument("--json", action="store_true", default=default(False), help="print the whole reply as JSON")
     parser.add_argument(
-        "--timeout", metavar="S", type=seconds(0.001, 1e6), default=default(5.0), help="seconds to try (5)"
+        "--timeout",
+        metavar="S",
+        type=seconds(0.001, 1e6),
+        default=default(None),
+        help=f"seconds to try ({TIMEOUT_S:g})",
     )
 
 
@@ -504,6 +557,27 @@ def _up_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", metavar="S", type=seconds(0.1, 1e6), default=10.0, help="of load (10)")
+    parser.add_argument("--clients", metavar="N", type=whole(1, 256), default=8, help="that ask at the same time (8)")
+    parser.add_argument("--keys", metavar="N", type=whole(1, 3000), default=6, help="in use at a time (6)")
+    parser.add_argument(
+        "--rate", metavar="N", type=whole(1, 1_000_000), default=1000, help="operations a second, at most (1000)"
+    )
+    parser.add_argument(
+        "--mix", metavar="OP=N,…", type=parse_mix, default=MIX, help=f"how often what is asked ({mix_shown(MIX)})"
+    )
+    parser.add_argument("--seed", metavar="N", type=whole(0, REVISION_MAX), help="draw the same lots again")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="draw a counter-example there, if there is one")
+    group = parser.add_argument_group("with faults (on a cluster of its own, in a temporary directory)")
+    group.add_argument(
+        "--faults", metavar="LIST", nargs="?", type=parse_faults, const=tuple(Fault),
+        help="harm one node after another: kill, stop, restart (all when only --faults)",
+    )  # fmt: skip
+    group.add_argument("--nodes", metavar="N", type=whole(3, 9), default=3, help="how many nodes it has (3)")
+    group.add_argument("--election", choices=("bully", "raft"), help="how it elects (bully)")
+
+
 def _none(parser: argparse.ArgumentParser) -> None:
     """A command without arguments of its own."""
 
@@ -530,6 +604,7 @@ _COMMANDS: dict[str, tuple[_Run | None, Callable[[argparse.ArgumentParser], None
     "transfer": (_transfer, _transfer_options, "hand leadership to another voter", "ddb transfer n2"),
     "snapshot": (_snapshot, _none, "have the asked node write a checkpoint now", "ddb snapshot"),
     "log": (_log, _log_options, "show the replicated log as the asked node keeps it", "ddb log --from 10 --limit 5"),
+    "verify": (None, _verify_options, "see whether what clients are told is linearizable", "ddb verify --faults"),
     "ping": (_ping, _none, "see whether a node answers", "ddb ping --server 127.0.0.1:8051"),
 }
 

@@ -10,13 +10,13 @@ Laws:
 Theory. Each child leads a session of its own, so that a Ctrl-C at the terminal reaches `up` alone, which then ends
 the nodes together and the registry last, giving each the time to hand over and flush. Against a `kill -9`
 of `up` itself nothing can run any more, so the kernel is asked beforehand: a child that called
-`prctl(PR_SET_PDEATHSIG)` (Linux) gets SIGTERM when its parent dies.
+`prctl(PR_SET_PDEATHSIG)` (Linux) gets a signal when its parent dies. It calls it in a few lines of Python that then
+become the server (exec), not between fork and exec, where a process with threads can do next to nothing safely.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shlex
@@ -38,16 +38,30 @@ from ddb.errors import StartupError
 NODES: Final = 3
 LOOK_S: Final = 0.1
 STOP_PATIENCE_S: Final = 10.0
-_PR_SET_PDEATHSIG: Final = 1
 _LISTENING = re.compile(rb"listening on (\S+:\d+)")
 _NODE_DIRECTORY = re.compile(r"n([1-9][0-9]?)")
+
+_DIE_WITH_PARENT: Final = """
+import os, sys
+number, parent, *command = sys.argv[1:]
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+except (ImportError, OSError, AttributeError):
+    pass
+if os.getppid() == int(parent):  # or it has died in between
+    os.execv(command[0], command)
+"""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What `ddb up` was told. `nodes` None: as many as the directory holds, else three. Port 0: any free ones."""
+    """What `ddb up` was told. `nodes` None: as many as the directory holds, else three. Port 0: any free ones.
+
+    The servers of a `throwaway` cluster are killed in the end, frozen ones too, for nobody needs their data any more.
+    """
 
     directory: Path
     nodes: int | None = None
@@ -56,6 +70,7 @@ class Settings:
     registry_port: int | None = None
     election: str | None = None
     ready_timeout_s: float = 30.0
+    throwaway: bool = False
 
 
 @dataclass(slots=True)
@@ -65,7 +80,8 @@ class Child:
     name: str
     command: list[str]
     output: Path
-    process: subprocess.Popen[bytes]
+    throwaway: bool = False
+    process: subprocess.Popen[bytes] = field(init=False)
     address: str = ""
     output_start: int = 0
     mourned: bool = field(default=False)
@@ -91,23 +107,42 @@ def run(settings: Settings, say: Say, colour: bool = False) -> int:
 
     Raises StartupError where it can't run: a busy port, a directory that can't be written, a node that ends at once.
     """
-    count = _count(settings)
-    _prepare_directory(settings.directory)
-    _refuse_busy_ports(settings, count)
     with _signals_as_exception():
-        with contextlib.ExitStack() as stack:
-            try:
-                children: list[Child] = []
-                stack.callback(_end, children, say)
-                _start_all(settings, count, children)
-                _await_ready(settings, children[1:])
+        try:
+            with cluster(settings, say) as children:
                 for line in _welcome(settings, children, colour):
                     say(line)
                 _watch(children, say)
-            except _Stop:
-                pass  # which is how it is meant to end
+        except _Stop:
+            pass  # which is how it is meant to end
         say(f"Stopped. The data is in {settings.directory}; the same command goes on from there.")
     return 0
+
+
+@contextlib.contextmanager
+def cluster(settings: Settings, say: Say) -> Iterator[list[Child]]:
+    """A registry and its nodes, in this order, running and ready; all are ended in the end. `say` gets what there is to
+    say about that.
+
+    Raises StartupError where it can't run: a busy port, a directory that can't be written, a node that ends at once.
+    """
+    count = _count(settings)
+    _prepare_directory(settings.directory)
+    _refuse_busy_ports(settings, count)
+    children: list[Child] = []
+    try:
+        _start_all(settings, count, children)
+        _await_ready(settings, children[1:])
+        yield children
+    finally:
+        _end(children, say, kill=settings.throwaway)
+
+
+def start_again(child: Child) -> None:
+    """Start `child`, which has ended, again: the same directory, the same address. Does not wait for it."""
+    child.command = _command_again(child)
+    child.mourned = False
+    _launch(child)
 
 
 # --------------------------------------------------------------- before
@@ -180,7 +215,7 @@ def _start_all(settings: Settings, count: int, children: list[Child]) -> None:
     ports = _ports(settings, count)
     directory, host = settings.directory.resolve(), settings.host
     place = ["--host", host, "--data-dir"]
-    registry = _spawn("registry", [*place, str(directory / "registry"), "--port", str(ports[0])], directory, children)
+    registry = _spawn("registry", [*place, str(directory / "registry"), "--port", str(ports[0])], settings, children)
     deadline = time.monotonic() + settings.ready_timeout_s
     _await_address(registry, deadline)
     election = ["--election", settings.election] if settings.election else []
@@ -188,7 +223,7 @@ def _start_all(settings: Settings, count: int, children: list[Child]) -> None:
     for position, port in enumerate(ports[1:], 1):
         name = f"n{position}"
         flags = ["-ra", registry.address, "--name", name, *place, str(directory / name), "--port", str(port), *election]
-        child = _spawn(name, flags, directory, children)
+        child = _spawn(name, flags, settings, children)
         if fresh and position == 1:
             _await_address(child, deadline)
             _await_leader(child, deadline)
@@ -204,24 +239,26 @@ def _await_leader(child: Child, deadline: float) -> None:
         time.sleep(LOOK_S / 5)
 
 
-def _spawn(name: str, flags: list[str], directory: Path, children: list[Child]) -> Child:
+def _spawn(name: str, flags: list[str], settings: Settings, children: list[Child]) -> Child:
     module = "ddb.registry" if name == "registry" else "ddb.node"
     command = [sys.executable, "-m", module, *flags]
-    output = directory / f"{name}.out"
-    with output.open("ab") as log:
-        start = log.tell()
-        process = subprocess.Popen(
-            command,
+    child = Child(name, command, settings.directory.resolve() / f"{name}.out", settings.throwaway)
+    _launch(child)
+    children.append(child)
+    return child
+
+
+def _launch(child: Child) -> None:
+    with child.output.open("ab") as log:
+        child.output_start = log.tell()
+        child.process = subprocess.Popen(
+            [*_dying_with_parent(signal.SIGKILL if child.throwaway else signal.SIGTERM), *child.command],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=_environment(),
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
         )
-    child = Child(name, command, output, process, output_start=start)
-    children.append(child)
-    return child
 
 
 def _environment() -> dict[str, str]:
@@ -233,22 +270,12 @@ def _environment() -> dict[str, str]:
     return {**clean, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"}
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a child must do between fork and exec, so that the kernel ends it when `up` dies. None where that can't be."""
+def _dying_with_parent(number: int) -> list[str]:
+    """How a command must begin, so that the kernel sends it the signal `number` when this process dies. Where that can't
+    be, not at all."""
     if not sys.platform.startswith("linux"):
-        return None
-    try:
-        prctl = ctypes.CDLL(None).prctl  # looked up before the fork: after it, a child should do as little as it can
-    except (OSError, AttributeError):
-        return None
-    parent = os.getpid()
-
-    def in_child() -> None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
-    return in_child
+        return []
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(int(number)), str(os.getpid())]
 
 
 def _await_address(child: Child, deadline: float) -> None:
@@ -343,31 +370,37 @@ def _watch(children: list[Child], say: Say) -> None:
 
 def _restart_command(child: Child) -> str:
     """A line for a shell that starts `child` again, on the same address."""
-    port = wire.parse_address(child.address)[1]
-    flags = list(child.command)
-    flags[flags.index("--port") + 1] = str(port)
     package = Path(__file__).resolve().parent.parent
     here = "" if package == Path.cwd() else f"PYTHONPATH={shlex.quote(str(package))} "
-    return here + shlex.join(flags)
+    return here + shlex.join(_command_again(child))
 
 
-def _end(children: list[Child], say: Say) -> None:
-    """Ask the nodes to end, then the registry; kill what has not ended in time. A second Ctrl-C kills at once."""
+def _command_again(child: Child) -> list[str]:
+    """The command that starts `child` on the port that it got."""
+    command = list(child.command)
+    command[command.index("--port") + 1] = str(wire.parse_address(child.address)[1])
+    return command
+
+
+def _end(children: list[Child], say: Say, kill: bool) -> None:
+    """Ask the nodes to end, then the registry; kill what has not ended in time, or all of it if `kill` says so. A second
+    Ctrl-C kills at once."""
     running = [child for child in children if child.process.poll() is None]
     if not running:
         return
     say("Stopping …")
+    nodes, registry = ([c for c in running if (c.name == "registry") is wanted] for wanted in (False, True))
     try:
         deadline = time.monotonic() + STOP_PATIENCE_S
-        for part in ([c for c in running if c.name != "registry"], [c for c in running if c.name == "registry"]):
+        for part in () if kill else (nodes, registry):
             for child in part:
                 child.process.terminate()
             for child in part:
                 child.process.wait(max(0.1, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, _Stop):
+    except (subprocess.TimeoutExpired, _Stop, KeyboardInterrupt):
         pass  # what remains is killed below; nothing acknowledged is lost by that
     for child in running:
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(_Stop, KeyboardInterrupt):
             if child.process.poll() is None:
                 child.process.kill()
                 child.process.wait()
