@@ -192,6 +192,7 @@ class SimDisk:
         self.changes = 0
         self.on_change: Callable[[str, Path], None] | None = None
         self.down = False
+        self._reading: dict[int, None] = {}  # handles that nothing may be written to
         self._next_handle = 1
 
     # -- what a test or a simulator does
@@ -222,7 +223,7 @@ class SimDisk:
         self._revive(used_before)
 
     def wipe(self) -> None:
-        """Be an empty disk, and there again."""
+        """Be an empty disk, and there again. The end of every disk: it closes the connections that were left open."""
         used_before = self._used_bytes()
         for table in (self.names, self.durable_names, self.directories):
             table.clear()
@@ -270,6 +271,8 @@ class SimDisk:
         self._called("make_directory", path)
         if path in self.names:
             raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        if any(parent in self.names for parent in path.parents):
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(path))
         if path not in self.directories:
             self._changes("make_directory", path)
             self.directories.update(dict.fromkeys((path, *path.parents)))
@@ -321,6 +324,8 @@ class SimDisk:
         self._called("open", path)
         file = self.names.get(path)
         if file is None:
+            if path in self.directories:
+                raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
             self._expect_directory(path.parent)
             self._changes("open", path)
             file = self.names[path] = File(path)
@@ -329,7 +334,9 @@ class SimDisk:
     def open_to_read(self, path: Path) -> int:
         """See Disk."""
         self._called("open_to_read", path)
-        return self._handle(self._existing(path))
+        handle = self._handle(self._existing(path))
+        self._reading[handle] = None
+        return handle
 
     def open_directory(self, path: Path) -> int:
         """See Disk."""
@@ -350,6 +357,7 @@ class SimDisk:
             raise Crash
         if self.handles.pop(handle, None) is None:
             raise OSError(errno.EBADF, "Bad file descriptor")
+        self._reading.pop(handle, None)
         for path in [p for p, holder in self.locks.items() if holder == handle]:
             del self.locks[path]
 
@@ -374,6 +382,8 @@ class SimDisk:
     def pwrite(self, handle: int, data: bytes, offset: int) -> int:
         """See Disk. What a write that failed, or was cut short by a crash, has left is any part of it."""
         file = self._file(handle)
+        if handle in self._reading:
+            raise OSError(errno.EBADF, "Bad file descriptor")
         self.calls["pwrite"] += 1
         if self.room_bytes is not None:
             data = self._fitting(data, offset + len(data) - len(file.now))
@@ -489,8 +499,8 @@ class SimDisk:
         """Be there for a new process."""
         for handle in list(self.connections):
             self.connections[handle].close()
-        self.handles.clear()
-        self.locks.clear()
+        for table in (self.handles, self.locks, self._reading):
+            table.clear()
         self.crash_at = None
         self.down = False
         if self.room_bytes is not None:

@@ -9,7 +9,7 @@ import random
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,9 +31,21 @@ BASE = HOME / "state.db"
 SEEDS = range(60)
 
 
+made: list[SimDisk] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """What a test leaves open is closed behind it."""
+    yield
+    while made:
+        made.pop().wipe()
+
+
 def home() -> SimDisk:
     disk = SimDisk()
     disk.make_directory(HOME)
+    made.append(disk)
     return disk
 
 
