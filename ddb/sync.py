@@ -8,9 +8,9 @@ Laws:
 
 Theory. A member whose log lags behind what the leader still has, or whose data proved wrong, is sent a *copy* of the
 leader's newest checkpoint: one SQLite file, in chunks, a few of them in flight, acknowledged by the offset up to which
-the file has arrived (Raft §7). An acknowledgement that goes back asks for a restart. What takes long (writing a
-checkpoint, copying, verifying) runs in the `background`, a function `background(work, done)` that calls
-`done(result, error)` on the loop; everything else is done on the loop.
+the file has arrived (Raft §7). An acknowledgement that goes back asks for a restart; where none comes, chunks are sent
+again. What takes long (writing a checkpoint, copying, verifying) runs in the `background`, a function
+`background(work, done)` that calls `done(result, error)` on the loop; everything else is done on the loop.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT: Final = 4
 SEND_PATIENCE_S: Final = 60.0  # without an acknowledgement; the receiver verifies before the last one
+RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
 RETRY_S: Final = 5.0  # after a checkpoint that failed
 REQUEST_EVERY_S: Final = 2.0
 
@@ -57,6 +58,7 @@ class _Sending:
     next: int  # offset of the next chunk
     acknowledged: int
     deadline: float
+    resend_at: float
 
 
 @dataclass(slots=True)
@@ -155,6 +157,9 @@ class Sync:
             self.checkpoint(None, now)  # it could not be begun when it was asked for
         for peer in [p for p, sending in self._sendings.items() if now >= sending.deadline]:
             self._give_up(peer, "it has not answered")
+        for peer, sending in self._sendings.items():
+            if now >= sending.resend_at:
+                self._send_again(peer, now)
         if (self._sendings or self._wanted_by) and not self._replica.is_leader:
             self._wanted_by.clear()
             for peer in list(self._sendings):
@@ -276,7 +281,7 @@ class Sync:
             for peer in sorted(self._wanted_by):
                 if peer not in self._sendings:
                     log.info("%r: sending the snapshot of %d to %s", self._replica, self._copy.meta.applied, peer)
-                    self._sendings[peer] = _Sending(0, 0, now + SEND_PATIENCE_S)
+                    self._sendings[peer] = _Sending(0, 0, now + SEND_PATIENCE_S, now + RESEND_S)
                     self._send_chunks(peer)
             self._wanted_by.clear()
         elif not self._copying and not self._store.checkpointing:
@@ -312,11 +317,19 @@ class Sync:
             )  # fmt: skip
             sending.next += len(data)
 
+    def _send_again(self, peer: str, now: float) -> None:
+        """Ask a member that has been silent how far it is: from the last chunk that it has, or at least of the last byte."""
+        sending = self._sendings[peer]
+        sending.resend_at = now + RESEND_S
+        if self._copy is not None:
+            sending.next = min(sending.acknowledged, self._copy.size_bytes - 1)
+            self._send_chunks(peer)
+
     def _on_acknowledged(self, m: SnapshotReply, now: float) -> None:
         sending, copy = self._sendings.get(m.src), self._copy
         if sending is None or copy is None or m.index != copy.meta.applied:
             return
-        sending.deadline = now + SEND_PATIENCE_S
+        sending.deadline, sending.resend_at = now + SEND_PATIENCE_S, now + RESEND_S
         if m.installed:
             log.info("%r: %s has installed the snapshot of %d", self._replica, m.src, m.index)
             del self._sendings[m.src]
