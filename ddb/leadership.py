@@ -241,8 +241,13 @@ class Leadership:
 
     def _send_heartbeat(self, peer: str, progress: Progress) -> None:
         """An empty append. While a snapshot is on its way it claims nothing about the log."""
-        prev = 0 if progress.snapshot else progress.next - 1
-        prev_term = self._member.log.term_at(prev)
+        prev, prev_term = 0, None
+        if not progress.snapshot:
+            prev = progress.next - 1
+            prev_term = self._member.log.term_at(prev)
+            if prev_term is None:  # the answer to a probe was lost, and the log has been compacted meanwhile
+                progress.snapshot = True
+                self._member.snapshot_needed(peer)
         if prev_term is None:
             prev, prev_term = 0, 0
         self._member.send(self._append_message(peer, progress, prev, prev_term, ()))

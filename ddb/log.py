@@ -67,7 +67,7 @@ class Log:
         self._segments = recovered.segments
         self._segment_bytes_max = segment_bytes_max
         self._rotate_at = segment_bytes_max
-        self._reserve_bytes = RESERVE_BYTES_MIN
+        self._reserve_bytes = min(RESERVE_BYTES_MIN, segment_bytes_max // 4)
         self._index_lock = threading.Lock()  # over _segments, their places and base: held for microseconds, or one read
         self._group = _Group(self.hard_state, self.last)
         self._unusable: str | None = None

@@ -32,7 +32,7 @@ from ddb.disk import Disk, remove_if_there
 from ddb.election import STRATEGIES, Election
 from ddb.errors import BadRequest, CorruptStore, DdbError, Forbidden, InvariantError, NoLeader, Overloaded, StartupError
 from ddb.kv import Machine
-from ddb.log import Log
+from ddb.log import SEGMENT_BYTES_MAX, Log
 from ddb.loop import Fatal
 from ddb.membership import Patience, Sighting, Standing, next_change
 from ddb.messages import Call, CallReply, Configuration, HardState, Member, Message
@@ -76,6 +76,7 @@ class Settings:
     policy: Policy = Policy()
     timing: Timing = Timing()
     bounds: Bounds = Bounds()
+    segment_bytes_max: int = SEGMENT_BYTES_MAX
     repair: bool = False
 
 
@@ -136,7 +137,10 @@ class Node:
 
     def _open_replica(self, settings: Settings) -> None:
         """Put the member together from what its disk remembers."""
-        journal = Log.open(self.data.log_path, disk=self.world.disk, repair=settings.repair)
+        journal = self.journal = Log.open(
+            self.data.log_path, disk=self.world.disk,
+            segment_bytes_max=settings.segment_bytes_max, repair=settings.repair,
+        )  # fmt: skip
         self._closing.append(journal.close)
         self.data.change(born=True)
         store = _open_store(self.data.store_path, self.world.disk, settings.repair)
@@ -148,7 +152,7 @@ class Node:
             self.id, self.name, raft_log, journal.hard_state, config, self._election(config.election),
             self.now(), store.meta.applied, settings.timing, bounds,
         )  # fmt: skip
-        writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
+        writer = self.writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
         self._closing.append(writer.close)
         worker = self.world.background()
         self._closing.append(worker.close)

@@ -629,9 +629,14 @@ class Raft:
 
     # --- sending ------------------------------------------------------------------------------------------------
 
+    @property
+    def term_is_durable(self) -> bool:
+        """Whether the term may be told to others."""
+        return self._durable_state.term == self.term
+
     def send(self, message: RaftMessage, durable: bool = False) -> None:
         """Hand out `message`; with `durable`, or while the term it names is not yet on disk, after the save."""
-        if durable or self._durable_state.term != self.term:
+        if durable or not self.term_is_durable:
             self._out.after_save.append(message)
         else:
             self._out.messages.append(message)

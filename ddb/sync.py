@@ -26,7 +26,7 @@ from ddb.config import Bounds
 from ddb.disk import Disk, OsDisk, remove_if_there, write_all
 from ddb.errors import CorruptStore, ReadOnly, invariant
 from ddb.kv import Machine
-from ddb.messages import Batch, InstallSnapshot, Message, SnapshotReply, SnapshotRequest
+from ddb.messages import Batch, InstallSnapshot, SnapshotReply, SnapshotRequest
 from ddb.raft import Ready
 from ddb.replica import Replica, Waiter
 from ddb.store import Checkpoint, Store
@@ -388,8 +388,11 @@ class Sync:
         return index <= self._raft.commit and not self._replica.diverged
 
     def _acknowledge(self, to: str, index: int, offset: int, installed: bool = False) -> None:
-        message: Message = SnapshotReply(self._raft.id, to, self._raft.term, index, offset, installed)
-        self._replica.send(message)
+        message = SnapshotReply(self._raft.id, to, self._raft.term, index, offset, installed)
+        if self._raft.term_is_durable:
+            self._replica.send(message)
+        else:
+            self._raft.send(message)  # which keeps it until then
 
     def _on_verified(self, meta: snapshot.Meta | None, error: Exception | None) -> None:
         receiving = self._receiving
