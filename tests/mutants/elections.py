@@ -92,7 +92,7 @@ ELECTIONS: list[Mutant] = [
         "if state != self._handed_out:",
         "if state.vote != self._handed_out.vote and state.vote or state.doubt != self._handed_out.doubt:",
         RAFT + "send",
-        "durable or self._durable_state.term != self.term",
+        "durable or not self.term_is_durable",
         "durable",
         claim="test_raft_doubt.py::test_a_vote_in_doubt_elects_nobody",
     ),
