@@ -15,7 +15,6 @@ from typing import Any, Final, TypeVar
 
 from ddb import timeline
 from ddb.checker import Counterexample, Verdict
-from ddb.errors import DdbError
 from ddb.history import Operation, Outcome, to_lines
 from ddb.overview import paint
 
@@ -59,11 +58,11 @@ class Findings:
         self.judging_s += took_s
         self.verdict = _shortened(verdict, self.prefix)
 
-    def fail(self, trouble: str, error: DdbError | None = None) -> None:
-        """Note what stands in the way, a sentence, and the error that it came from; the first one counts."""
+    def fail(self, trouble: str, exit_code: int = 1) -> None:
+        """Note what stands in the way, a sentence, and what it makes of the exit code; the first one counts."""
         if not self.trouble:
             self.trouble = trouble
-            self._trouble_code = 1 if error is None else error.exit_code
+            self._trouble_code = exit_code
 
     @property
     def operations(self) -> int:

@@ -27,8 +27,12 @@ from ddb.workload import Fault
 
 FIRST_S: Final = (0.3, 0.8)  # until the first fault; shortest and longest
 REST_S: Final = (0.3, 1.2)
-LASTS_S: Final = (0.1, 2.0)
 LEAVE_PATIENCE_S: Final = 15.0
+LASTS_S: Final = {  # some long enough for another leader to be elected
+    Fault.KILL: (0.1, 1.5),
+    Fault.STOP: (0.2, 4.0),
+    Fault.RESTART: (LEAVE_PATIENCE_S, LEAVE_PATIENCE_S),
+}
 ASK_PATIENCE_S: Final = 0.3
 
 
@@ -97,12 +101,12 @@ class Nemesis:
             self._chance.choice(self._nodes),
             self._chance.random(),
         )
-        lasts_s = self._chance.uniform(*LASTS_S)
+        lasts_s = self._chance.uniform(*LASTS_S[fault])
         if aimed < 0.5:
             leader = overview.leader_of(overview.ask_all([node.address for node in self._nodes], ASK_PATIENCE_S))
             victim = next((node for node in self._nodes if leader and node.address == leader.address), victim)
         self._victim, self._fault, self._harmed = victim, fault, True
-        self._due_s = now_s + (LEAVE_PATIENCE_S if fault is Fault.RESTART else lasts_s)
+        self._due_s = now_s + lasts_s
         self.done[fault] += 1
         if fault is Fault.STOP:
             victim.process.send_signal(signal.SIGSTOP)

@@ -9,7 +9,7 @@ import os
 import time
 from typing import Final, TextIO
 
-LINES_S: Final = 5.0  # between two lines where they stay
+LINES_S: Final = 10.0  # between two lines where they stay
 CHANGES_S: Final = 0.1  # between two changes of a line that doesn't stay
 _CLEAR: Final = "\r\x1b[K"
 

@@ -41,7 +41,7 @@ from typing import Final
 from ddb import overview, up
 from ddb.checker import check
 from ddb.client import Client, connect
-from ddb.errors import DdbError, Internal, Unreachable
+from ddb.errors import DdbError, Internal, Timeout, Unreachable, WrongCluster
 from ddb.findings import Findings
 from ddb.history import Operation, Outcome
 from ddb.nemesis import Nemesis
@@ -57,6 +57,9 @@ PATIENCE_S: Final = 5.0  # with a question on which everything depends
 UNREACHABLE_S: Final = 1.0
 RETURN_S: Final = 20.0  # for a node that was harmed to come back
 ANYWHERE: Final = 0.4  # of the requests go to any node, the rest where the client would go by itself
+SHUNNED_S: Final = (
+    1.5  # at most: how long a client leaves a node alone that did not answer, so as to have time for others
+)
 
 Watch = Callable[[str], None]
 
@@ -126,10 +129,14 @@ def _with_own_cluster(settings: Settings, findings: Findings, interrupts: _Inter
 
 
 def _nodes_of(servers: Sequence[str]) -> list[str]:
-    """The addresses of the cluster's members that answer. Raises a DdbError where it can't serve."""
+    """The addresses of the cluster's members that answer. Raises a DdbError where it can't serve, or isn't one."""
     with connect(servers, timeout_s=PATIENCE_S, unreachable_s=UNREACHABLE_S) as client:
         client.call({"op": "count", "prefix": "verify/"})
-    return [view.address for view in overview.ask_all(servers) if view.status is not None]
+    cluster_of = {view.address: view.status.get("cluster") for view in overview.ask_all(servers) if view.status}
+    clusters = set(filter(None, cluster_of.values()))
+    if len(clusters) > 1:
+        raise WrongCluster(f"{', '.join(servers)} are not of one cluster, so they know nothing of one another's data.")
+    return [address for address, cluster in cluster_of.items() if cluster or not clusters] or list(servers)
 
 
 # ---------------------------------------------------------------- one run
@@ -168,17 +175,25 @@ class _Run:
         with contextlib.ExitStack() as stack:
             for client in self._clients:
                 stack.callback(client.close)
-            while self._left_s > 0 and not self._interrupts.asked and findings.exit_code_so_far == 0:
-                self._keys.renew()
-                with self._interrupts.noted():
-                    history = self._load()
-                    if self._left_s <= 0 or self._interrupts.asked or findings.trouble:
-                        self._heal()
-                    history += self._last_look()
-                findings.count(history)
-                self._judge(history)
+            try:
+                while self._left_s > 0 and not self._interrupts.asked and findings.exit_code_so_far == 0:
+                    self._round()
+            except KeyboardInterrupt:
+                stack.pop_all()  # to close a client is to wait for its request
+                raise
         if self._nemesis is not None:
             findings.faults = Counter({fault.value: count for fault, count in self._nemesis.done.items()})
+
+    def _round(self) -> None:
+        """Load, a last look, and the verdict, with keys of its own."""
+        self._keys.renew()
+        with self._interrupts.noted():
+            history = self._load()
+            if self._left_s <= 0 or self._interrupts.asked or self._findings.trouble:
+                self._heal()
+            history += self._last_look()
+        self._findings.count(history)
+        self._judge(history)
 
     def _clock(self) -> float:
         return round(time.monotonic() - self._origin_s, 6)
@@ -193,8 +208,8 @@ class _Run:
         try:
             for thread in threads:
                 thread.start()
-            while any(thread.is_alive() for thread in threads) and looked_s < end_s:
-                threads[0].join(LOOK_S)
+            while looked_s < end_s and (working := next((thread for thread in threads if thread.is_alive()), None)):
+                working.join(LOOK_S)
                 now_s = time.monotonic()
                 before, acknowledged = acknowledged, sum(client.acknowledged for client in self._clients)
                 self._hearken(before != acknowledged, min(now_s - looked_s, 10 * LOOK_S))
@@ -228,7 +243,7 @@ class _Run:
         if self._silent_s >= SILENCE_S:
             self._findings.fail(
                 f"The cluster acknowledged nothing for {SILENCE_S:g} s. The last failure: {errors[0].message}",
-                errors[0],
+                Unreachable.exit_code,
             )
 
     def _progress(self, seconds: float) -> str:
@@ -290,6 +305,7 @@ class _ClientThread:
         self._script = Script(name, settings.mix, self._chance)
         self._client = connect(list(addresses), discover=False, timeout_s=settings.timeout_s)
         self._addresses = addresses
+        self._shunned_until = dict.fromkeys(addresses, 0.0)
         self._keys = keys
         self._step_s = settings.clients / settings.rate
         self._quota = -(-ROUND_OPERATIONS // settings.clients)
@@ -312,10 +328,11 @@ class _ClientThread:
     def _operation(self) -> None:
         short = self._script.next(self._keys.pick(self._chance))
         request = _prefixed(short, self._prefix)
-        anywhere = self._chance.random() < ANYWHERE or request.get("read") == "stale"
-        at = self._chance.choice(self._addresses) if anywhere else None
+        at = self._place(request)
         operation, self.error = _ask(self._client, self._name, request, at, self._clock)
         self._history.append(operation)
+        if at is not None and isinstance(self.error, Timeout | Unreachable):
+            self._shunned_until[at] = self._clock() + self._chance.uniform(0, SHUNNED_S)
         if operation.outcome is Outcome.DONE:
             self.acknowledged += 1
             self._script.heard(short, operation.reply or {})
@@ -323,6 +340,12 @@ class _ClientThread:
             self.failed += 1
         else:
             self.unknown += 1
+
+    def _place(self, request: Request) -> str | None:
+        """The node to ask; None: whichever the client asks by itself."""
+        anywhere = self._chance.random() < ANYWHERE or request.get("read") == "stale"
+        at = self._chance.choice(self._addresses)
+        return at if anywhere and self._shunned_until[at] <= self._clock() else None
 
     def take(self) -> list[Operation]:
         """What it did since it was last asked."""
@@ -404,7 +427,9 @@ def _scratch(addresses: list[str], findings: Findings, interrupts: _Interrupts) 
                 with connect(addresses, discover=False, timeout_s=PATIENCE_S) as client:
                     _remove_all(client, findings.prefix)
             except DdbError as error:
-                findings.fail(f"The keys under {findings.prefix} could not be removed: {error.message}", error)
+                findings.fail(
+                    f"The keys under {findings.prefix} could not be removed: {error.message}", error.exit_code
+                )
 
 
 def _remove_all(client: Client, prefix: str) -> None:

@@ -121,7 +121,10 @@ class Script:
 
     def _if(self, family: Family) -> Request:
         key = self._register(family)
-        condition = self._condition(key)
+        condition: Request | list[Request] = self._condition(key)
+        if self._chance.random() < 0.25:
+            other = self._register(family)
+            condition = [self._condition(key), {"key": other, "exists": self._chance.random() < 0.5}]
         if self._chance.random() < 0.2:
             return {"op": "delete", "key": key, "if": condition}
         return {"op": "put", "key": key, "value": self._value(), "if": condition}

@@ -23,7 +23,7 @@ from ddb import cli, progress, verify
 from ddb.history import from_lines
 from ddb.workload import MIX, Family, Fault, Script, mix_shown, parse_mix
 from tests.fake_server import FakeServer, failure
-from tests.harness import Cluster, environment, wait
+from tests.harness import REPOSITORY, Cluster, environment, wait
 from tests.histories import Database
 from tests.test_up import gone
 
@@ -393,6 +393,16 @@ def test_a_cluster_without_a_leader_is_one_sentence(
     assert (ran.code, ran.out, ran.err) == (5, "", "ddb: The fake server says no_leader.\n")
 
 
+def test_servers_of_two_clusters_are_refused(ddb_verify: Callable[..., Ran]) -> None:
+    def of(cluster: str) -> Callable[[dict[str, Any]], Reply]:
+        return lambda request: {"ok": True, "count": 0, "node": cluster, "id": cluster, "cluster": cluster, "rev": 1}
+
+    with FakeServer(of("one")) as one, FakeServer(of("two")) as two:
+        ran = ddb_verify(f"{one.address},{two.address}", "--seconds", "1")
+        assert "put" not in one.ops + two.ops
+    assert (ran.code, ran.out) == (1, "") and "are not of one cluster" in ran.err and ran.err.count("\n") == 1
+
+
 def test_what_is_no_database_is_one_sentence(ddb_verify: Callable[..., Ran]) -> None:
     with FakeServer(lambda request: failure("bad_request")) as server:  # a registry, say
         ran = ddb_verify(server.address, "--seconds", "1")
@@ -437,10 +447,10 @@ def test_keys_that_can_not_be_removed_are_told(ddb_verify: Callable[..., Ran]) -
 class Process:
     """`ddb verify` as a process of its own."""
 
-    def __init__(self, server: str, directory: Path, *argv: str) -> None:
+    def __init__(self, server: str, directory: Path, *argv: str, **extra: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ddb", "verify", "--server", server, *argv],
-            env=environment(TMPDIR=str(directory)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(TMPDIR=str(directory), **extra), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             encoding="utf-8", start_new_session=True,
         )  # fmt: skip
 
@@ -454,8 +464,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts `ddb verify` as a process; it is ended after the test."""
     started: list[Process] = []
 
-    def one(server: str, *argv: str) -> Process:
-        started.append(Process(server, tmp_path, *argv))
+    def one(server: str, *argv: str, **extra: str) -> Process:
+        started.append(Process(server, tmp_path, *argv, **extra))
         return started[-1]
 
     yield one
@@ -495,7 +505,7 @@ def test_a_second_ctrl_c_ends_everything_but_the_cleaning(start: Callable[..., P
 
     town.server.answer = hang
     with town:
-        running = start(town.server.address, "--seconds", "600", "--mix", "put=1,get=1", "--timeout", "5")
+        running = start(town.server.address, "--seconds", "600", "--mix", "put=1,get=1", "--timeout", "60")
         wait(lambda: town.keys and "get" in town.server.ops, 20, "a get hangs")
         running.process.send_signal(signal.SIGINT)
         running.process.send_signal(signal.SIGTERM)  # another one, for two of the same may become one on their way
@@ -528,7 +538,7 @@ def test_the_same_seed_asks_the_same() -> None:
 
 
 def test_a_condition_asks_for_what_was_seen_so_it_holds_where_nobody_came_in_between() -> None:
-    conditional = [r for r in asked(5, 2000) if "if" in r and r["op"] != "txn"]
+    conditional = [r for r in asked(5, 2000) if isinstance(r.get("if"), dict) and r["op"] != "txn"]
     blind = [r for r in conditional if "exists" in r["if"]]
     seeing = [r for r in conditional if "exists" not in r["if"]]
     assert {name for r in seeing for name in r["if"]} == {"rev", "version", "value"}
@@ -620,7 +630,7 @@ def test_a_real_cluster_is_linearizable_while_its_leader_dies(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks at /proc")
 def test_a_cluster_of_its_own_is_harmed_and_leaves_nothing(start: Callable[..., Process], tmp_path: Path) -> None:
-    running = start("127.0.0.1:1", "--faults", "--seconds", "6", "--json", "--seed", "5")
+    running = start("127.0.0.1:1", "--faults", "--seconds", "5", "--json", "--seed", "5")
     nodes = wait(lambda: len(found := children(running.process.pid)) == 4 and found, 20, "it has started")
     ran = running.end()
     found = json.loads(ran.out)
@@ -629,6 +639,28 @@ def test_a_cluster_of_its_own_is_harmed_and_leaves_nothing(start: Callable[..., 
     assert sum(found["faults"].values()) >= 2 and set(found["faults"]) <= {fault.value for fault in Fault}
     assert all(gone(pid) for pid in nodes)
     assert not list(tmp_path.iterdir()), "the directory is gone"
+
+
+PLANTED = """
+import sys
+if "ddb.node" in sys.orig_argv:
+    from tests.mutants import CATALOGUE
+    from tests.mutants.planting import planted
+    bug = planted(next(bug for bug in CATALOGUE if bug.name == "follower serves linearizable reads itself"))
+    bug.__enter__()
+"""
+
+
+def test_nodes_with_a_known_bug_are_found_out_and_their_logs_stay(
+    start: Callable[..., Process], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    running = start("127.0.0.1:1", "--faults", "kill", "--seconds", "3", "--json", PYTHONPATH=path)
+    ran = running.end()
+    found = json.loads(ran.out)
+    assert (ran.code, found["linearizable"]) == (1, False), ran.err
+    assert (Path(found["directory"]) / "n1.out").exists()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it looks at /proc")
