@@ -227,8 +227,7 @@ class Leadership:
         prev = progress.next - 1
         prev_term = self._member.log.term_at(prev)
         if prev_term is None:
-            progress.snapshot = True
-            self._member.snapshot_needed(peer)
+            self._need_snapshot(peer, progress)
             return False
         batches = tuple(self._member.log.after(prev, self._member.bounds.append_bytes_max))
         self._member.send(self._append_message(peer, progress, prev, prev_term, batches))
@@ -240,17 +239,16 @@ class Leadership:
         return True
 
     def _send_heartbeat(self, peer: str, progress: Progress) -> None:
-        """An empty append. While a snapshot is on its way it claims nothing about the log."""
-        prev, prev_term = 0, None
-        if not progress.snapshot:
-            prev = progress.next - 1
-            prev_term = self._member.log.term_at(prev)
-            if prev_term is None:  # the answer to a probe was lost, and the log has been compacted meanwhile
-                progress.snapshot = True
-                self._member.snapshot_needed(peer)
+        """An empty append. Where only a snapshot can help, it claims nothing about the log."""
+        prev = 0 if progress.snapshot else progress.next - 1
+        prev_term = self._member.log.term_at(prev)
         if prev_term is None:
             prev, prev_term = 0, 0
         self._member.send(self._append_message(peer, progress, prev, prev_term, ()))
+
+    def _need_snapshot(self, peer: str, progress: Progress) -> None:
+        progress.snapshot = True
+        self._member.snapshot_needed(peer)
 
     def _append_message(
         self, peer: str, progress: Progress, prev: int, prev_term: int, batches: tuple[Batch, ...]
@@ -295,6 +293,10 @@ class Leadership:
         if progress.probing and not progress.snapshot and m.match >= progress.next - 1:
             progress.probing = False
             progress.next = max(progress.next, m.match + 1)
+        if not progress.snapshot and self._member.log.term_at(progress.next - 1) is None:
+            # It is there, but an answer was lost, and the log has been compacted meanwhile. (Where it isn't there, no
+            # snapshot would reach it.)
+            self._need_snapshot(m.src, progress)
         if self.transfer_to == m.src:
             self._try_transfer()
 
