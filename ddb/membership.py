@@ -33,11 +33,12 @@ class Sighting:
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What the leader knows of a member: for how long it has not been heard, whether its log is up to date, and whether
-    a connection to it stands."""
+    a connection to it stands, and whether its word counts: one in doubt is no help to a majority (raft.py)."""
 
     silent_s: float
     caught_up: bool
     connected: bool = True
+    counts: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +72,15 @@ def next_change(
 
 
 def survives(config: Configuration, leader: str, standings: Mapping[str, Standing], patience: Patience) -> bool:
-    """Whether a majority of the voters of `config` is alive."""
-    alive = sum(1 for v in config.voters if v == leader or _alive(standings.get(v), patience))
-    return 2 * alive > len(config.voters)
+    """Whether a majority of the voters of `config` is there, and can commit this very change.
+
+    One that has only just fallen silent is not believed to be there: nobody could take the change back.
+    """
+    sure = 0
+    for voter in config.voters:
+        standing = standings.get(voter)
+        sure += voter == leader or (standing is not None and standing.counts and _speaks(standing, patience))
+    return 2 * sure > len(config.voters)
 
 
 def _alive(standing: Standing | None, patience: Patience) -> bool:

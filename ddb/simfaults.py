@@ -346,8 +346,11 @@ def _join(fault: Fault, town: Town) -> Undo:
 
 
 def _remove(fault: Fault, town: Town) -> Undo:
-    """Somebody asks the cluster to remove a member."""
-    town.ask({"op": "member_remove", "name": town.victim(fault)})
+    """Somebody asks the cluster to remove a member; while one has lost its data, only that one."""
+    node = town.node(town.victim(fault))
+    ids = [id for id, _ in town.damaged.values()] or ([node.id] if node is not None else [])
+    if ids:
+        town.ask({"op": "member_remove", "name": ids[0]})
     return None
 
 

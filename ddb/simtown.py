@@ -235,10 +235,11 @@ class Town:
     def may_lose_data(self, name: str) -> bool:
         """Whether the disk of `name` may lose what it promised to keep: that is no more than a cluster survives. If so,
         it counts as damaged from now on."""
+        if any(self.node(n) is None for n in self.nodes if n not in self.damaged):
+            return False  # nobody knows what is in its log
         configs = [config for node in self.running for _, config in node.replica.raft._configs]
         smallest = min((len(config.voters) for config in configs if config.members), default=0)
-        self._damaged = {host: was for host, was in self._damaged.items() if not self._is_mended(host, *was)}
-        if len({*self._damaged, name}) > (smallest - 1) // 2 or not self.has_cluster:
+        if len({*self.damaged, name}) > (smallest - 1) // 2 or not self.has_cluster:
             return False
         node = self.node(name)
         if node is None and name not in self._damaged:
@@ -248,6 +249,12 @@ class Town:
                 return False
             self._damaged[name] = (node.id, self.rules.committed)
         return True
+
+    @property
+    def damaged(self) -> dict[str, tuple[str, int]]:
+        """The hosts whose data were lost, as far as they have not been made good: whose they were, and what was committed then."""
+        self._damaged = {host: was for host, was in self._damaged.items() if not self._is_mended(host, *was)}
+        return self._damaged
 
     def _is_mended(self, name: str, id: str, committed: int) -> bool:
         """Whether the member `id` has all that it had promised, or is a member no more, for certain."""
