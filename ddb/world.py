@@ -85,7 +85,7 @@ class OsWorld:
 
     def wall_ms(self) -> int:
         """See World."""
-        return time.time_ns() // 1_000_000
+        return max(time.time_ns() // 1_000_000, 0)  # a clock from before 1970 is no reason to write what can't be read
 
     def new_id(self) -> str:
         """See World."""
