@@ -29,6 +29,7 @@ from ddb.kv import Machine
 from ddb.messages import Batch, InstallSnapshot, SnapshotReply, SnapshotRequest
 from ddb.raft import Ready
 from ddb.replica import Replica, Waiter
+from ddb.segment import NO_ROOM
 from ddb.store import Checkpoint, Store
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class Sync:
             self._serve(now)
         for m in ready.chunks:
             if type(m) is InstallSnapshot:
-                self._on_chunk(m)
+                self._on_chunk_or_full_disk(m)
             elif type(m) is SnapshotReply:
                 self._on_acknowledged(m, now)
 
@@ -359,6 +360,15 @@ class Sync:
         self._copy = None
 
     # --- receiving ----------------------------------------------------------------------------------------------
+
+    def _on_chunk_or_full_disk(self, m: InstallSnapshot) -> None:
+        try:
+            self._on_chunk(m)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            # A chunk that is not acknowledged is sent again.
+            log.error("%r: there is no room for the leader's snapshot; free some, and it goes on", self._replica)
 
     def _on_chunk(self, m: InstallSnapshot) -> None:
         receiving = self._receiving

@@ -1,0 +1,132 @@
+"""A snapshot's way onto a member's disk, whatever the disk says meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from ddb.disk import read_file
+from ddb.kv import checksum
+from ddb.messages import Configuration, InstallSnapshot, Member, SnapshotReply
+from ddb.raft import Ready
+from ddb.simdisk import SimDisk
+from ddb.snapshot import Copy
+from ddb.store import Store
+from ddb.sync import Sync
+
+HOME = Path("/data/n2")
+CHUNK_BYTES = 3000
+
+
+def leaders_copy() -> tuple[Copy, bytes]:
+    """A leader's snapshot of the entry 50, and the file's bytes."""
+    disk = SimDisk()
+    disk.make_directory(HOME)
+    with Store.open(HOME / "state.db", disk=disk) as store:
+        for i in range(50):
+            row = (b'"v"', i + 1, i + 1, 1, checksum(f"key{i}", b'"v"', i + 1, i + 1, 1))
+            store.put(f"key{i}", row, None)
+            store.digest = (store.digest + row[4] ** 2) % 2**64
+        begun = store.begin_checkpoint(
+            50, 3, Configuration("c", "bully", (Member("id1", "n1", "10.0.0.1:8050", True),))
+        )
+        begun.write()
+        store.finish_checkpoint(begun)
+        copied = store.copy_to(HOME / "outgoing.db")
+    return copied, read_file(disk, copied.path)
+
+
+class Receiver:
+    """A member that has nothing yet, and gets a snapshot."""
+
+    def __init__(self) -> None:
+        self.disk = SimDisk()
+        self.disk.make_directory(HOME)
+        self.store = Store.open(HOME / "state.db", disk=self.disk)
+        self.replica = mock.MagicMock(diverged=False)
+        self.replica.raft.commit = self.replica.raft.log.base_index = 0
+        self.sync = Sync(self.replica, self.store, HOME, self.at_once, mock.Mock(), disk=self.disk)
+
+    @staticmethod
+    def at_once(work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        try:
+            result = work()
+        except Exception as error:
+            done(None, error)
+        else:
+            done(result, None)
+
+    def offer(self, copied: Copy, content: bytes, offset: int) -> list[tuple[int, bool]]:
+        """Deliver the chunk at `offset`; returns the acknowledgements: up to where, and whether it is installed."""
+        self.replica.send.reset_mock()
+        data = content[offset : offset + CHUNK_BYTES]
+        size, sha256 = copied.size_bytes, copied.sha256
+        chunk = InstallSnapshot("id1", "id2", 3, copied.meta.applied, copied.meta.term, offset, size, sha256, data)
+        self.sync.work(Ready(chunks=[chunk]), 0.0)
+        replies: list[SnapshotReply] = [call.args[0] for call in self.replica.send.call_args_list]
+        return [(reply.offset, reply.installed) for reply in replies]
+
+    def offer_all(self, copied: Copy, content: bytes) -> list[tuple[int, bool]]:
+        answers: list[tuple[int, bool]] = []
+        for offset in range(0, len(content), CHUNK_BYTES):
+            answers = self.offer(copied, content, offset)
+        return answers
+
+    def close(self) -> None:
+        self.sync.close()
+        self.store.close()
+
+
+@pytest.fixture
+def receiver() -> Any:
+    one = Receiver()
+    yield one
+    one.close()
+
+
+def test_a_snapshot_is_installed_once_all_of_it_has_come(receiver: Receiver) -> None:
+    copied, content = leaders_copy()
+    assert receiver.offer(copied, content, 0) == [(CHUNK_BYTES, False)]
+    assert receiver.offer(copied, content, 0) == [(CHUNK_BYTES, False)], "a chunk that comes twice does no harm"
+    assert receiver.offer(copied, content, 2 * CHUNK_BYTES) == [(CHUNK_BYTES, False)], "nor one that comes too early"
+    assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
+    assert (receiver.store.meta, receiver.store.count()) == (copied.meta, 50)
+    receiver.close()
+    assert receiver.disk.list(HOME) == ["state.db"] and not receiver.disk.handles
+    receiver.disk.crash(random.Random(1))
+    with Store.open(HOME / "state.db", disk=receiver.disk) as after:
+        assert after.meta == copied.meta
+
+
+def test_a_chunk_that_finds_no_room_is_taken_when_there_is_some(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied, content = leaders_copy()
+    receiver.offer(copied, content, 0)
+    receiver.disk.room_bytes = 100  # a part of the chunk goes in
+    assert receiver.offer(copied, content, CHUNK_BYTES) == []
+    assert receiver.offer(copied, content, CHUNK_BYTES) == []
+    assert "no room for the leader's snapshot" in caplog.text
+    receiver.disk.room_bytes = None
+    assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
+    assert receiver.store.meta == copied.meta
+
+
+def test_a_snapshot_that_arrived_damaged_replaces_nothing(receiver: Receiver) -> None:
+    copied, content = leaders_copy()
+    damaged = content[:5000] + b"?" + content[5001:]
+    assert receiver.offer_all(copied, damaged)[-1] == (copied.size_bytes, False)
+    assert receiver.store.meta.applied == 0 and receiver.disk.list(HOME) == ["state.db"]
+    assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
+
+
+def test_what_an_earlier_process_left_of_a_snapshot_is_removed(receiver: Receiver) -> None:
+    for name in ("incoming.db", "outgoing.db"):
+        receiver.disk.put(HOME / name, b"half of it")
+    Sync(receiver.replica, receiver.store, HOME, receiver.at_once, mock.Mock(), disk=receiver.disk).close()
+    assert receiver.disk.list(HOME) == ["state.db"]
