@@ -96,7 +96,9 @@ class Simulation:
         self._note = note
         self._shop_rng = random.Random(rng.getrandbits(64))
         self._agenda = Agenda()
-        self.town = Town(self._agenda, self.plan, random.Random(rng.getrandbits(64)), self._meet, self.note if note else None)
+        self.town = Town(
+            self._agenda, self.plan, random.Random(rng.getrandbits(64)), self._meet, self.note if note else None
+        )
         self._undone: list[Callable[[], None]] = []
 
     def _meet(self, what: str) -> None:

@@ -16,10 +16,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-if TYPE_CHECKING:
-    from ddb.simtown import Town
+from ddb.simtown import Town
 
 Undo = Callable[[], None] | None
 
@@ -76,39 +75,39 @@ def _between(left: list[str], right: list[str]) -> list[tuple[str, str]]:
 
 def _isolate(fault: Fault, town: Town) -> Undo:
     """One node is cut off from all others: the leader, mostly."""
-    victim = town.victim(fault)
+    victim = town.victim(fault.where)
     return _cut(town, _between([victim], [n for n in town.nodes if n != victim]))
 
 
 def _mute(fault: Fault, town: Town) -> Undo:
     """One node, mostly the leader, hears the others and can't be heard."""
-    victim = town.victim(fault)
+    victim = town.victim(fault.where)
     return _cut(town, [(victim, n) for n in town.nodes if n != victim])
 
 
 def _deafen(fault: Fault, town: Town) -> Undo:
     """One node, mostly the leader, is heard and hears nobody."""
-    victim = town.victim(fault)
+    victim = town.victim(fault.where)
     return _cut(town, [(n, victim) for n in town.nodes if n != victim])
 
 
 def _split(fault: Fault, town: Town) -> Undo:
     """A minority, with the leader in it mostly, and a majority."""
-    order = town.nodes_from(fault)
+    order = town.nodes_from(fault.where)
     size = max(1, int(fault.how * (len(order) + 1) / 2))
     return _cut(town, _between(order[:size], order[size:]))
 
 
 def _bridge(fault: Fault, town: Town) -> Undo:
     """Two halves that only one node in between can reach."""
-    order = town.nodes_from(fault)
+    order = town.nodes_from(fault.where)
     half = (len(order) - 1) // 2
     return _cut(town, _between(order[1 : half + 1], order[half + 1 :]))
 
 
 def _ring(fault: Fault, town: Town) -> Undo:
     """Each node reaches its two neighbours alone."""
-    order = town.nodes_from(fault)
+    order = town.nodes_from(fault.where)
     count = len(order)
     links = [
         (order[a], order[b])
@@ -121,14 +120,14 @@ def _ring(fault: Fault, town: Town) -> Undo:
 
 def _cut_one_way(fault: Fault, town: Town) -> Undo:
     """One link, in one direction."""
-    order = town.nodes_from(fault)
+    order = town.nodes_from(fault.where)
     link = (order[0], order[1]) if fault.how < 0.5 else (order[1], order[0])
     return _cut(town, [link])
 
 
 def _slow_links(fault: Fault, town: Town) -> Undo:
     """All links of one node take long."""
-    victim = town.victim(fault)
+    victim = town.victim(fault.where)
     delay_s = 0.01 + fault.how * 0.5
     links = [link for n in town.nodes if n != victim for link in ((victim, n), (n, victim))]
     town.network.slow.update(dict.fromkeys(links, delay_s))
@@ -142,7 +141,7 @@ def _slow_links(fault: Fault, town: Town) -> Undo:
 
 def _reset(fault: Fault, town: Town) -> Undo:
     """The connections between two nodes break."""
-    order = town.nodes_from(fault)
+    order = town.nodes_from(fault.where)
     town.network.reset(order[0], order[1])
     if fault.how < 0.5:
         town.network.reset(order[1], order[0])
@@ -184,26 +183,26 @@ def _reorder(fault: Fault, town: Town) -> Undo:
 
 def _kill(fault: Fault, town: Town) -> Undo:
     """kill -9, and a restart."""
-    town.kill(town.victim(fault), power=False, back_in_s=fault.for_s)
+    town.kill(town.victim(fault.where), power=False, back_in_s=fault.for_s)
     return None
 
 
 def _power(fault: Fault, town: Town) -> Undo:
     """One machine loses its power."""
-    town.kill(town.victim(fault), power=True, back_in_s=fault.for_s)
+    town.kill(town.victim(fault.where), power=True, back_in_s=fault.for_s)
     return None
 
 
 def _blackout(fault: Fault, town: Town) -> Undo:
     """All machines lose their power at once, and come back one by one."""
-    for number, name in enumerate(town.nodes_from(fault)):
+    for number, name in enumerate(town.nodes_from(fault.where)):
         town.kill(name, power=True, back_in_s=min(fault.for_s, 2.0) * (1 + number * fault.how))
     return None
 
 
 def _crash_point(fault: Fault, town: Town) -> Undo:
     """A machine dies before one of its next few effects."""
-    host = town.hosts[town.victim(fault)]
+    host = town.hosts[town.victim(fault.where)]
     host.crash_in = int(fault.how * 40)
     host.crash_only = (None, "send", "fdatasync", "pwrite", None)[int(fault.how * 1000) % 5]
     town.back_in_s[host.name] = fault.for_s
@@ -212,20 +211,20 @@ def _crash_point(fault: Fault, town: Town) -> Undo:
 
 def _pause(fault: Fault, town: Town) -> Undo:
     """SIGSTOP, and SIGCONT."""
-    host = town.hosts[town.victim(fault)]
+    host = town.hosts[town.victim(fault.where)]
     host.pause()
     return host.resume
 
 
 def _restart(fault: Fault, town: Town) -> Undo:
     """SIGTERM, and a start."""
-    town.terminate(town.victim(fault), back_in_s=fault.for_s)
+    town.terminate(town.victim(fault.where), back_in_s=fault.for_s)
     return None
 
 
 def _clock_jump(fault: Fault, town: Town) -> Undo:
     """The time of day jumps by hours; the steady clock by less, and only forward."""
-    host = town.hosts[town.victim(fault)]
+    host = town.hosts[town.victim(fault.where)]
     host.wall_ahead_ms += int((fault.how - 0.5) * 10 * 3_600_000)
     if fault.how > 0.5:
         host.ahead_s += (fault.how - 0.5) * 4
@@ -237,7 +236,7 @@ def _clock_jump(fault: Fault, town: Town) -> Undo:
 
 def _slow_disk(fault: Fault, town: Town) -> Undo:
     """One disk takes long for each fsync."""
-    host = town.hosts[town.victim(fault)]
+    host = town.hosts[town.victim(fault.where)]
     before, host.fsync_s = host.fsync_s, 0.02 + fault.how * 0.5
 
     def undo() -> None:
@@ -248,7 +247,7 @@ def _slow_disk(fault: Fault, town: Town) -> Undo:
 
 def _full_disk(fault: Fault, town: Town) -> Undo:
     """One disk is full, or soon will be."""
-    host = town.hosts[town.victim(fault)]
+    host = town.hosts[town.victim(fault.where)]
     host.disk.room_bytes = int(fault.how * 3000) if fault.how > 0.3 else 0
 
     def undo() -> None:
@@ -259,7 +258,7 @@ def _full_disk(fault: Fault, town: Town) -> Undo:
 
 def _failing_fsync(fault: Fault, town: Town) -> Undo:
     """An fsync fails once."""
-    host = town.hosts[town.victim(fault)]
+    host = town.hosts[town.victim(fault.where)]
     if not town.may_lose_data(host.name):
         return None
     host.disk.fail("fdatasync", errno.EIO, nth=1 + int(fault.how * 10), times=1)
@@ -269,7 +268,7 @@ def _failing_fsync(fault: Fault, town: Town) -> Undo:
 
 def _flip(fault: Fault, town: Town) -> Undo:
     """A bit rots in the log or in the snapshot, while the machine is off."""
-    name = town.victim(fault)
+    name = town.victim(fault.where)
     host = town.hosts[name]
     if not town.may_lose_data(name):
         return None
@@ -284,7 +283,7 @@ def _flip(fault: Fault, town: Town) -> Undo:
 
 def _wipe(fault: Fault, town: Town) -> Undo:
     """A machine comes back with an empty disk."""
-    name = town.victim(fault)
+    name = town.victim(fault.where)
     if not town.registry_knows or not town.may_lose_data(name):
         return None
     town.kill(name, power=True, back_in_s=fault.for_s)
@@ -294,7 +293,7 @@ def _wipe(fault: Fault, town: Town) -> Undo:
 
 def _lost_tail(fault: Fault, town: Town) -> Undo:
     """A disk loses the end of the log that it had called durable."""
-    name = town.victim(fault)
+    name = town.victim(fault.where)
     host = town.hosts[name]
     if not town.may_lose_data(name):
         return None
@@ -347,7 +346,7 @@ def _join(fault: Fault, town: Town) -> Undo:
 
 def _remove(fault: Fault, town: Town) -> Undo:
     """Somebody asks the cluster to remove a member; while one has lost its data, only that one."""
-    node = town.node(town.victim(fault))
+    node = town.node(town.victim(fault.where))
     ids = [id for id, _ in town.damaged.values()] or ([node.id] if node is not None else [])
     if ids:
         town.ask({"op": "member_remove", "name": ids[0]})
@@ -356,17 +355,17 @@ def _remove(fault: Fault, town: Town) -> Undo:
 
 def _transfer(fault: Fault, town: Town) -> Undo:
     """Somebody asks the leader to hand over."""
-    town.ask({"op": "transfer"} if fault.how < 0.3 else {"op": "transfer", "to": town.nodes_from(fault)[-1]})
+    town.ask({"op": "transfer"} if fault.how < 0.3 else {"op": "transfer", "to": town.nodes_from(fault.where)[-1]})
     return None
 
 
 def _checkpoint(fault: Fault, town: Town) -> Undo:
     """Somebody asks a node for a checkpoint."""
-    town.ask({"op": "snapshot"}, at=town.victim(fault))
+    town.ask({"op": "snapshot"}, at=town.victim(fault.where))
     return None
 
 
-KINDS: Final[dict[str, Callable[[Fault, "Town"], Undo]]] = {
+KINDS: Final[dict[str, Callable[[Fault, Town], Undo]]] = {
     "isolate": _isolate,
     "mute": _mute,
     "deafen": _deafen,

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from ddb.agenda import Agenda
+from ddb.disk import Disk
 from ddb.errors import DdbError, InvariantError
 from ddb.log import Log, LogWriter
 from ddb.loop import Fatal
+from ddb.reactor import Reactor
 from ddb.server import Limits, Service
 from ddb.simdisk import Crash, SimDisk
 from ddb.simnet import Connection, Listener, Network
@@ -88,7 +90,7 @@ class Host:
 
     def _boot(self) -> None:
         world = SimWorld(self)
-        self._loop = world.loop
+        self._loop = world.sim_loop
         if self.boot is not None:
             self.program = self.boot(world)
 
@@ -406,8 +408,9 @@ class SimWorld:
     """A world.World: what a program sees of its host in one life."""
 
     def __init__(self, host: Host) -> None:
-        self.loop = SimLoop(host)
-        self.disk = host.disk
+        self.sim_loop = SimLoop(host)
+        self.loop: Reactor = self.sim_loop
+        self.disk: Disk = host.disk
         self.rng = random.Random(host.rng.getrandbits(64))
         self._host = host
 

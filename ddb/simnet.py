@@ -121,9 +121,7 @@ class Network:
         """How long something takes over the link now."""
         return LATENCY_S * (0.5 + self._rng.random()) + (self.slow.get((src, dst), 0.0) if self.slow else 0.0)
 
-    def dial(
-        self, near: Connection, address: tuple[str, int], on_open: Callable[[], None], timeout_s: float
-    ) -> None:
+    def dial(self, near: Connection, address: tuple[str, int], on_open: Callable[[], None], timeout_s: float) -> None:
         """Connect `near` with whoever listens at `address`."""
         name = address[0]
         target = self.hosts.get(name)
@@ -393,7 +391,7 @@ class ServedConnection(Connection):
         while slots and slots[0].out is not None:
             out = slots.popleft().out
             if out is not None:
-                self._out.append(out if type(out) is bytes else b"".join(out))
+                self._out.append(out if isinstance(out, bytes) else b"".join(out))
         super().flush()
 
 

@@ -183,7 +183,7 @@ class Rules:
         replica.send = watch_send
         replica.saved = watch_saved  # type: ignore[method-assign]
         replica.restored = watch_restored  # type: ignore[method-assign]
-        raft.step = watch_step  # type: ignore[method-assign]
+        raft.step = watch_step  # type: ignore[method-assign, assignment]
         raft.read = watch_read  # type: ignore[method-assign]
         raft.ready = watch_ready  # type: ignore[method-assign]
         writer.save = watch_save  # type: ignore[method-assign]
@@ -241,9 +241,8 @@ class Rules:
         raft = seen.node.replica.raft
         kind = type(m)
         if kind is Append:
-            if seen.alive or seen.stalled:
-                if m.term >= raft.term:
-                    seen.alive, seen.stalled = set(), set()
+            if (seen.alive or seen.stalled) and m.term >= raft.term:
+                seen.alive, seen.stalled = set(), set()
             if m.term < raft.term:
                 self.met("stale leader refused")
             elif m.batches and m.batches[0].first <= raft.log.last_index:

@@ -24,7 +24,6 @@ from ddb.registry import MemoryFile, Registry
 from ddb.roster import Roster
 from ddb.server import Limits
 from ddb.simclients import Caller, Client
-from ddb.simfaults import Fault
 from ddb.simhost import PORT, Host, SimWorld
 from ddb.simnet import Network
 from ddb.simrules import Rules, Violation
@@ -219,17 +218,17 @@ class Town:
 
     # -- what faults ask
 
-    def victim(self, fault: Fault) -> str:
-        """The node that `fault` strikes."""
-        if fault.where < AT_THE_LEADER and (leader := self.leader) is not None:
+    def victim(self, where: float) -> str:
+        """The node that a fault strikes, for its number from [0, 1)."""
+        if where < AT_THE_LEADER and (leader := self.leader) is not None:
             return leader
-        return self.nodes[int(fault.where * 1000) % len(self.nodes)]
+        return self.nodes[int(where * 1000) % len(self.nodes)]
 
-    def nodes_from(self, fault: Fault) -> list[str]:
+    def nodes_from(self, where: float) -> list[str]:
         """All nodes in some order, the victim first."""
-        first = self.victim(fault)
+        first = self.victim(where)
         others = [name for name in self.nodes if name != first]
-        random.Random(int(fault.where * 2**32)).shuffle(others)
+        random.Random(int(where * 2**32)).shuffle(others)
         return [first, *others]
 
     def may_lose_data(self, name: str) -> bool:

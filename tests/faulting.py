@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -23,6 +24,13 @@ from tests.witness import Witnesses
 LONG = os.environ.get("DDB_TEST_FAULTS") == "long"
 SEED = int(os.environ.get("DDB_TEST_FAULTS_SEED", "1"))
 HERE = Path(__file__).resolve().parent
+
+Case = TypeVar("Case")
+
+
+def cases(*every: Case, brief: int) -> list[Case]:
+    """Every case in the long form, the first `brief` ones otherwise."""
+    return list(every if LONG else every[:brief])
 
 
 class FailingDisk:
@@ -96,6 +104,7 @@ def judged(some: Cluster, directory: Path, seed: int = SEED) -> Iterator[Load]:
         load.check(some.nodes)
         witnesses.check(directory / "history.jsonl")
         assert len({status["digest"] for status in some.statuses().values()}) == 1
+        assert some.running == some.nodes
         for node in some.nodes:
             assert "Traceback" not in node.log_path.read_text(errors="replace"), node.name
     except BaseException:
