@@ -428,7 +428,7 @@ def _any_integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
 
 
-def _common(parser: argparse.ArgumentParser, top: bool) -> None:
+def _common(parser: argparse.ArgumentParser, top: bool, timeout_s: float = TIMEOUT_S) -> None:
     """The options that stand before or after the command; after it they only count when they are given."""
 
     def default(value: Any) -> Any:
@@ -447,7 +447,7 @@ def _common(parser: argparse.ArgumentParser, top: bool) -> None:
         metavar="S",
         type=seconds(0.001, 1e6),
         default=default(None),
-        help=f"seconds to try ({TIMEOUT_S:g})",
+        help=f"seconds to try ({timeout_s:g})",
     )
 
 
@@ -560,7 +560,9 @@ def _up_options(parser: argparse.ArgumentParser) -> None:
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", metavar="S", type=seconds(0.1, 1e6), default=10.0, help="of load (10)")
     parser.add_argument("--clients", metavar="N", type=whole(1, 256), default=8, help="that ask at the same time (8)")
-    parser.add_argument("--keys", metavar="N", type=whole(1, 3000), default=6, help="in use at a time (6)")
+    parser.add_argument(
+        "--keys", metavar="N", type=whole(1, 3000), help="in use at a time (6, or more for many clients)"
+    )
     parser.add_argument(
         "--rate", metavar="N", type=whole(1, 1_000_000), default=1000, help="operations a second, at most (1000)"
     )
@@ -604,7 +606,12 @@ _COMMANDS: dict[str, tuple[_Run | None, Callable[[argparse.ArgumentParser], None
     "transfer": (_transfer, _transfer_options, "hand leadership to another voter", "ddb transfer n2"),
     "snapshot": (_snapshot, _none, "have the asked node write a checkpoint now", "ddb snapshot"),
     "log": (_log, _log_options, "show the replicated log as the asked node keeps it", "ddb log --from 10 --limit 5"),
-    "verify": (None, _verify_options, "see whether what clients are told is linearizable", "ddb verify --faults"),
+    "verify": (
+        None,
+        _verify_options,
+        "see whether what clients are told is linearizable (exit code 0) or not (1)",
+        "ddb verify --faults",
+    ),
     "ping": (_ping, _none, "see whether a node answers", "ddb ping --server 127.0.0.1:8051"),
 }
 
@@ -627,6 +634,6 @@ def _parser() -> argparse.ArgumentParser:
         )
         options(sub)
         if name != "up":
-            _common(sub, top=False)
+            _common(sub, top=False, timeout_s=VERIFY_TIMEOUT_S if name == "verify" else TIMEOUT_S)
         sub.set_defaults(run=run)
     return parser

@@ -102,6 +102,8 @@ class Findings:
         if self.verdict is not None and self.verdict.counterexample is not None:
             yield ""
             yield from timeline.to_text(self.verdict.counterexample).splitlines()
+            at = self.verdict.counterexample.culprit.request.get("at", "the leader, as far as its client knew")
+            yield f"The one that can't be explained was asked of {at}."
         if self.verdict is not None and self.verdict.contradictions:
             yield ""
             yield from (f"- {contradiction}" for contradiction in self.verdict.contradictions[:5])
@@ -122,7 +124,7 @@ class Findings:
         if verdict is None or not self.outcomes[Outcome.DONE]:
             return "Nothing was judged: no operation was acknowledged."
         if verdict.linearizable is None:
-            return f"{verdict} Fewer clients, or a lower rate, make it easier."
+            return f"{verdict} More keys, or fewer clients, make it easier."
         return f"{paint('Linearizable', _GOOD, colour)}: {self.judged:,} operations judged, and all can be explained."
 
     def _figures(self) -> Iterator[tuple[str, str]]:

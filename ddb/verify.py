@@ -50,6 +50,8 @@ from ddb.workload import KEYS_OF_FAMILY, MIX, Family, Fault, Request, Script
 OPERATION_S: Final = 1.0
 ROUND_OPERATIONS: Final = 20_000
 FAMILY_OPERATIONS: Final = 300
+FAMILY_UNKNOWN: Final = 3  # outcomes: each may double what there is to try
+CLIENTS_OF_FAMILY: Final = 4
 CONFIGURATIONS_MAX: Final = 50_000  # of one family: some seconds
 LOOK_S: Final = 0.05
 SILENCE_S: Final = 10.0
@@ -69,13 +71,13 @@ class Settings:
     """What `ddb verify` was told. `servers` are asked, unless there are `faults`: then a cluster of `nodes` of its own.
 
     `rate` is in operations a second, all clients together; `keys` is how many are in use at a time, rounded up to whole
-    families; `seed` None draws one.
+    families (None: a family for every four clients, two at least); `seed` None draws one.
     """
 
     servers: tuple[str, ...]
     seconds: float = 10.0
     clients: int = 8
-    keys: int = 6
+    keys: int | None = None
     rate: int = 1000
     mix: Mapping[str, int] = field(default_factory=lambda: MIX)
     timeout_s: float = OPERATION_S
@@ -83,6 +85,13 @@ class Settings:
     faults: tuple[Fault, ...] = ()
     nodes: int = up.NODES
     election: str | None = None
+
+    @property
+    def families(self) -> int:
+        """How many are in use at a time."""
+        if self.keys is None:
+            return max(2, self.clients // CLIENTS_OF_FAMILY)
+        return -(-self.keys // KEYS_OF_FAMILY)
 
 
 def run(settings: Settings, watch: Watch) -> Findings:
@@ -117,7 +126,7 @@ def _with_own_cluster(settings: Settings, findings: Findings, interrupts: _Inter
                 _Run(settings, addresses, findings, interrupts, watch, nemesis).run()
             finally:
                 nemesis.release()
-        keep = findings.exit_code != 0
+        keep = findings.refuted or bool(findings.trouble)
     except KeyboardInterrupt:
         keep = False
         raise
@@ -160,12 +169,12 @@ class _Run:
         self._interrupts = interrupts
         self._watch = watch
         self._nemesis = nemesis
-        self._keys = _Keys(-(-settings.keys // KEYS_OF_FAMILY))
+        self._keys = _Keys(settings.families)
         self._origin_s = time.monotonic()
         self._left_s = settings.seconds
         self._silent_s = 0.0
         self._clients = [
-            _ClientThread(f"c{number}", self._clock, settings, addresses, findings, self._keys)
+            _Asker(f"c{number}", self._clock, settings, addresses, findings, self._keys)
             for number in range(1, settings.clients + 1)
         ]
 
@@ -259,20 +268,20 @@ class _Run:
                 self._findings.fail(self._nemesis.trouble or f"Not all is well after {RETURN_S:g} s: {self._nemesis}.")
 
     def _last_look(self) -> list[Operation]:
-        """Read each key of the round once more, at one node after the other; not where a node doesn't answer."""
+        """Read each key of the round once more, each at another node; who doesn't answer isn't asked again."""
         self._watch("reading all keys once more")
         history: list[Operation] = []
         addresses = list(self._addresses)
         with connect(addresses, discover=False, timeout_s=self._settings.timeout_s) as client:
             for number, key in enumerate(key for family in self._keys.used for key in family.keys):
-                if not addresses:
-                    break
-                at = addresses[number % len(addresses)]
                 request = {"op": "get", "key": self._findings.prefix + key}
-                operation, error = _ask(client, "end", request, at, self._clock)
-                history.append(operation)
-                if error is not None:
-                    addresses.remove(at)
+                error: DdbError | None = Unreachable("Nobody was asked.")
+                while error is not None and addresses:
+                    at = addresses[number % len(addresses)]
+                    operation, error = _ask(client, "end", request, at, self._clock)
+                    history.append(operation)
+                    if error is not None:
+                        addresses.remove(at)
         return history
 
     def _judge(self, history: list[Operation]) -> None:
@@ -282,7 +291,7 @@ class _Run:
         self._findings.judge(verdict, time.monotonic() - began_s)
 
 
-class _ClientThread:
+class _Asker:
     """One client: asks in step with the others, and keeps what it was told.
 
     Counts are for all rounds. `error` is what its last operation failed with, None where it was acknowledged; `failure`
@@ -326,7 +335,8 @@ class _ClientThread:
             self.failure = failure
 
     def _operation(self) -> None:
-        short = self._script.next(self._keys.pick(self._chance))
+        family = self._keys.pick(self._chance)
+        short = self._script.next(family)
         request = _prefixed(short, self._prefix)
         at = self._place(request)
         operation, self.error = _ask(self._client, self._name, request, at, self._clock)
@@ -340,6 +350,7 @@ class _ClientThread:
             self.failed += 1
         else:
             self.unknown += 1
+            self._keys.blur(family)
 
     def _place(self, request: Request) -> str | None:
         """The node to ask; None: whichever the client asks by itself."""
@@ -360,13 +371,14 @@ class _ClientThread:
 def _ask(
     client: Client, name: str, request: Request, at: str | None, clock: Callable[[], float]
 ) -> tuple[Operation, DdbError | None]:
-    """One operation, and why it failed."""
+    """One operation, and why it failed. Its request also says where it was asked, where that was told to the client."""
+    asked = request if at is None else {**request, "at": at}
     called = clock()
     try:
         reply, error = client.call(request, at=at), None
     except DdbError as failure:
         reply, error = {"ok": False, "error": failure.code, "message": failure.message}, failure
-    return Operation(name, request, called, clock(), reply), error
+    return Operation(name, asked, called, clock(), reply), error
 
 
 def _prefixed(request: Request, prefix: str) -> Request:
@@ -380,12 +392,14 @@ def _prefixed(request: Request, prefix: str) -> Request:
 
 
 class _Keys:
-    """The families in use: `width` at a time, each replaced when it has served its time. For all threads."""
+    """The families in use: `width` at a time, each replaced when it has served its time, or when too much about it is
+    unknown. For all threads."""
 
     def __init__(self, width: int) -> None:
         self.used: list[Family] = []  # in this round
         self._active: list[Family] = []
         self._picked: Counter[Family] = Counter()
+        self._unknown: Counter[Family] = Counter()
         self._width = width
         self._count = 0
         self._lock = threading.Lock()
@@ -394,6 +408,7 @@ class _Keys:
         """Begin a round: with nothing that was used before."""
         self.used = []
         self._picked.clear()
+        self._unknown.clear()
         self._active = [self._fresh() for _ in range(self._width)]
 
     def pick(self, chance: random.Random) -> Family:
@@ -405,6 +420,13 @@ class _Keys:
             if self._picked[family] >= FAMILY_OPERATIONS:
                 self._active[position] = self._fresh()
         return family
+
+    def blur(self, family: Family) -> None:
+        """Note that nobody knows what came of an operation on `family`."""
+        with self._lock:
+            self._unknown[family] += 1
+            if self._unknown[family] >= FAMILY_UNKNOWN and family in self._active:
+                self._active[self._active.index(family)] = self._fresh()
 
     def _fresh(self) -> Family:
         self._count += 1

@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 
 from ddb import cli, progress, verify
+from ddb.checker import check
+from ddb.findings import Findings
 from ddb.history import from_lines
 from ddb.workload import MIX, Family, Fault, Script, mix_shown, parse_mix
 from tests.fake_server import FakeServer, failure
 from tests.harness import REPOSITORY, Cluster, environment, wait
-from tests.histories import Database
+from tests.histories import Database, got, op
 from tests.test_up import gone
 
 Reply = dict[str, Any] | None
@@ -146,6 +148,7 @@ def test_a_stale_read_is_found_and_shown_on_the_terminal_and_as_a_page(
     assert ran.code == 1
     assert ran.out.startswith("Not linearizable: some replies can't be right.\n")
     assert "◀ can't be explained" in ran.out and "▶" in ran.out
+    assert f"was asked of {town.server.address}." in ran.out or "was asked of the leader" in ran.out
     assert "verify/" not in ran.out, "the prefix that all keys share says nothing"
     assert ran.err == f"ddb: The picture is in {page}.\n"
     assert_stands_alone(page.read_text(encoding="utf-8"))
@@ -334,7 +337,6 @@ def test_a_long_run_is_judged_in_rounds_with_keys_of_their_own(
     monkeypatch.setattr(verify, "ROUND_OPERATIONS", 80)
     monkeypatch.setattr(verify, "FAMILY_OPERATIONS", 30)
     judged: list[set[str]] = []
-    check = verify.check
 
     def spy(history: list[Any], **options: Any) -> Any:
         families = {o.request["key"].rpartition("/")[0] for o in history if "key" in o.request}
@@ -577,7 +579,15 @@ def test_only_what_the_mix_names_is_asked(ddb_verify: Callable[..., Ran]) -> Non
     assert {r["op"] for r in load} == {"incr", "batch", "get"}  # the last look gets
 
 
-# ---------------------------------------------------------------- progress
+# ------------------------------------------------------- colour, progress
+
+
+def test_the_verdict_is_coloured_only_where_that_is_wanted() -> None:
+    found = Findings(7, "verify/x/")
+    found.count(bad := [op("c1", 0, 1, "put a 1"), got("c2", 2, 3, "a", 2)])
+    found.judge(check(bad), 0.1)
+    assert any("\x1b[1;31mNot linearizable\x1b[0m" in line for line in found.lines(colour=True))
+    assert not any("\x1b" in line for line in found.lines(colour=False))
 
 
 class Terminal(io.StringIO):
