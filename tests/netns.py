@@ -64,20 +64,16 @@ class Unavailable(Exception):
 
 
 class Namespace:
-    """A network namespace with a loopback, a context manager. Raises Unavailable on entering.
-
-    It needs the right to make one, which root has, and so has everybody under `unshare --user --map-root-user`.
-    """
+    """A network namespace with a loopback, a context manager. Raises Unavailable on entering."""
 
     def __enter__(self) -> Firewall:
         self._outside = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
+            _call("setns", self._outside, CLONE_NEWNET)  # where it is already: whoever may do that can come back later
             _call("unshare", CLONE_NEWNET)
         except OSError as error:
             os.close(self._outside)
-            raise Unavailable(
-                f"a network namespace can't be made here: {error} (`unshare --user --net --map-root-user` may help)"
-            ) from error
+            raise Unavailable(f"a network namespace can't be made here, which takes root's rights: {error}") from error
         try:
             _loopback_up()
             return Firewall()
