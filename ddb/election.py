@@ -74,6 +74,10 @@ class Election(Protocol):
     def name(self) -> str:
         """What `--election` calls it."""
 
+    @property
+    def due_s(self) -> float:
+        """Before this moment, `tick` has nothing to say."""
+
     def follow(self, now: float) -> None:
         """A leader was heard, or voted for itself here: stay calm for a full time-out."""
 
@@ -117,6 +121,11 @@ class Bully:
         self._answers: dict[str, Answer] = {}
         self._awaited: set[str] = set()  # whose victory is being waited for
         self._failed: set[str] = set()  # whose was waited for in vain: their `alive` no longer stops us
+
+    @property
+    def due_s(self) -> float:
+        """See Election."""
+        return self._deadline
 
     def follow(self, now: float) -> None:
         """See Election."""
@@ -208,6 +217,11 @@ class Randomised:
         self._deadline = 0.0
         self._asking = False
         self._answers: dict[str, Answer] = {}
+
+    @property
+    def due_s(self) -> float:
+        """See Election."""
+        return self._deadline
 
     def follow(self, now: float) -> None:
         """See Election."""

@@ -96,6 +96,7 @@ class Node:
         self._registry_cluster: str | None = None
         self._known_config: Configuration | None = None
         self._removed: object = None
+        self._expelled_at = -1
         self._shown_state: object = None
         self._next_membership_at = 0.0
         self._next_move_at = 0.0
@@ -310,14 +311,17 @@ class Node:
         raft = self.replica.raft
         if raft.config is not self._known_config:
             self._on_config(raft.config)
-        self._expel(raft.config_at(raft.commit))
+        if raft.commit != self._expelled_at:
+            self._expelled_at = raft.commit
+            self._expel(raft.config_at(raft.commit))
         if self.data.identity.founding is not None and raft.commit >= 1 and now >= self._next_identity_at:
             self._settle_identity(now)
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
             self._next_membership_at = now + MEMBERSHIP_EVERY_S
             self._tend_members()
-        self._move_lead(now)
-        state = (raft.role_shown, raft.term, raft.leader)
+        if self.replica.read_only:
+            self._move_lead(now)
+        state = (raft.role, raft.term, raft.leader)
         if state != self._shown_state:
             self._shown_state = state
             leader = raft.config.member(raft.leader) if raft.leader else None

@@ -203,7 +203,7 @@ class Raft:
             self._check_quorum(self._leadership, now, stalled)
         if self._leadership is not None:
             self._leadership.tick(now)
-        else:
+        elif now >= self.election.due_s:
             self._move(self.election.tick(now, self._view(now)), now)
 
     def connected(self, peer: str) -> None:
@@ -388,9 +388,9 @@ class Raft:
         if self._ack is not None:
             out.after_save.append(self._ack)
             self._ack = None
-        state = HardState(self.term, self.vote, self.doubt)
-        if state != self._handed_out:
-            out.hard_state = self._handed_out = state
+        handed_out = self._handed_out
+        if handed_out.term != self.term or handed_out.vote != self.vote or handed_out.doubt != self.doubt:
+            out.hard_state = self._handed_out = HardState(self.term, self.vote, self.doubt)
         if self.commit > self._emitted:
             out.committed = self.log.span(self._emitted, self.commit)
             self._emitted = self.commit

@@ -583,6 +583,8 @@ class Replica:
 
     def _expire(self, now: float) -> None:
         """Answer those whose time is up, and ask again where a message was lost."""
+        if self.idle:
+            return
         self._expire_queue(now)
         for _, _, writes in self._proposed:
             self._expire_writes(writes, now)

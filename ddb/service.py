@@ -139,6 +139,8 @@ class NodeService:
 
     def tick(self, now: float) -> None:
         """Answer those who wait for a change of leadership, or whose time is up."""
+        if not self._calls and not self._transfers:
+            return
         for ticket, (_, slot) in list(self._calls.items()):
             if slot.deadline <= now:
                 del self._calls[ticket]

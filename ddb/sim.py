@@ -14,6 +14,7 @@ cluster owes progress: within `PROGRESS_S` a leader, equal digests on all nodes,
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 from collections import Counter
@@ -205,13 +206,17 @@ class Simulation:
 
 
 def run(options: Options, note: Callable[[str], None] | None = None) -> Result:
-    """Simulate. The production code's own log is silent meanwhile."""
+    """Simulate. The production code's own log is silent meanwhile, and garbage waits: a run is short."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
+    collects = gc.isenabled()
+    gc.disable()
     try:
         return Simulation(options, note).run()
     finally:
         logging.disable(level)
+        if collects:
+            gc.enable()
 
 
 def minimize(options: Options, progress: Callable[[str], None]) -> Options:

@@ -117,7 +117,8 @@ class Rules:
         seen = _Seen(host.name, node, raft.term, raft.commit, replica.machine.applied, raft.role)
         self._seen[host.name] = seen
         if not raft.doubt:
-            self._check(raft.term >= self._terms[node.id], TERM_BACK, seen, f"{self._terms[node.id]} was told: {raft}")
+            if raft.term < self._terms[node.id]:
+                self._fail(TERM_BACK, seen, f"{self._terms[node.id]} was told: {raft}")
         else:
             self.met("in doubt")
         if journal.tail_cut:
@@ -152,7 +153,8 @@ class Rules:
             out = ready(now)
             for ticket, index in out.reads:
                 asked_at = seen.reads.pop(ticket, 0)
-                self._check(index >= asked_at, READ_INDEX, seen, f"index {index}, but {asked_at} was committed")
+                if index < asked_at:
+                    self._fail(READ_INDEX, seen, f"index {index}, but {asked_at} was committed")
             return out
 
         def watch_save(*args: Any, **options: Any) -> int:
@@ -189,9 +191,8 @@ class Rules:
         writer.save = watch_save  # type: ignore[method-assign]
         replica._apply = watch_apply  # type: ignore[method-assign]
 
-    def _check(self, condition: bool, rule: str, seen: _Seen, what: str) -> None:
-        if not condition:
-            raise Violation(rule, seen.host, what)
+    def _fail(self, rule: str, seen: _Seen, what: str) -> None:
+        raise Violation(rule, seen.host, what)
 
     # -- what goes out
 
@@ -202,7 +203,8 @@ class Rules:
         state = node.journal.hard_state
         term = getattr(m, "term", 0)
         if term and not isinstance(m, ElectionRequest | ElectionReply):
-            self._check(term <= state.term, TERM_ON_DISK, seen, f"{m!r}, and the disk has {state}")
+            if term > state.term:
+                self._fail(TERM_ON_DISK, seen, f"{m!r}, and the disk has {state}")
             self._terms[node.id] = max(self._terms[node.id], term)
         if isinstance(m, VoteReply) and m.granted:
             self._vote(seen, term, m.dst, m.doubt)
@@ -210,17 +212,20 @@ class Rules:
             self._vote(seen, term, node.id, node.replica.raft.doubt)
             if not m.transfer and node.replica.raft.election.name == "bully":
                 against = seen.alive - seen.stalled
-                self._check(not against, RANK, seen, f"{m!r} against {sorted(against)}")
+                if against:
+                    self._fail(RANK, seen, f"{m!r} against {sorted(against)}")
         elif isinstance(m, AppendReply) and m.ok and m.match:
             held = max(node.journal.last[0], node.replica.machine.table.meta.applied)  # type: ignore[attr-defined]
-            self._check(held >= m.match, ACK_ON_DISK, seen, f"{m!r}, and the disk has {held}")
+            if held < m.match:
+                self._fail(ACK_ON_DISK, seen, f"{m!r}, and the disk has {held}")
         elif isinstance(m, ElectionRequest) and m.ask != seen.ask:
             seen.stalled |= seen.alive
             seen.ask, seen.alive = m.ask, set()
         elif isinstance(m, ElectionReply) and m.answer == "yield":
             seen.stalled.add(m.dst)  # if that one does not win, it was waited for in vain
         elif isinstance(m, Append):
-            self._check(self._leaders.get(m.term, m.src) == m.src, ONE_LEADER, seen, f"{m!r}: {self._leaders}")
+            if self._leaders.get(m.term, m.src) != m.src:
+                self._fail(ONE_LEADER, seen, f"{m!r}: {self._leaders}")
         elif isinstance(m, TimeoutNow):
             self.met("leadership handed over")
 
@@ -228,10 +233,12 @@ class Rules:
         node = seen.node
         state = node.journal.hard_state
         kept = state.term > term or (state.term, state.vote) == (term, candidate)
-        self._check(kept, VOTE_ON_DISK, seen, f"a vote for {candidate} in {term}, and the disk has {state}")
+        if not kept:
+            self._fail(VOTE_ON_DISK, seen, f"a vote for {candidate} in {term}, and the disk has {state}")
         if not doubt:
             known = self._votes.setdefault((node.id, term), candidate)
-            self._check(known == candidate, ONE_VOTE, seen, f"a vote for {candidate} in {term}, after one for {known}")
+            if known != candidate:
+                self._fail(ONE_VOTE, seen, f"a vote for {candidate} in {term}, after one for {known}")
 
     # -- what comes in
 
@@ -279,7 +286,8 @@ class Rules:
             if before is None or log.term_at(batch.last) != batch.term:
                 continue
             known = self._batches.setdefault((batch.first, batch.term), (batch.data, before))
-            self._check(known == (batch.data, before), LOG_MATCHING, seen, f"{batch!r} after {before}: {known}")
+            if known != (batch.data, before):
+                self._fail(LOG_MATCHING, seen, f"{batch!r} after {before}: {known}")
 
     def _durable(self, seen: _Seen, waiting: list[tuple[int, list[Batch]]], ticket: int) -> None:
         while waiting and waiting[0][0] <= ticket:
@@ -293,15 +301,18 @@ class Rules:
     def _applied(self, seen: _Seen, batch: Batch, machine: Machine) -> None:
         data = batch.data or seen.node.journal.read(batch.first)
         known = self.chosen.setdefault(batch.first, (batch.last, batch.term, data))
-        self._check(known == (batch.last, batch.term, data), MACHINE_SAFETY, seen, f"{batch!r} {data!r}: {known}")
+        if known != (batch.last, batch.term, data):
+            self._fail(MACHINE_SAFETY, seen, f"{batch!r} {data!r}: {known}")
         commit = seen.node.replica.raft.commit
-        self._check(seen.applied < batch.last <= commit, APPLIED_BACK, seen, f"{batch!r} after {seen.applied}/{commit}")
+        if not (seen.applied < batch.last <= commit):
+            self._fail(APPLIED_BACK, seen, f"{batch!r} after {seen.applied}/{commit}")
         seen.applied = batch.last
         self._digest(seen, batch.last, machine.table.digest)
 
     def _digest(self, seen: _Seen, index: int, digest: int) -> None:
         known = self.digests.setdefault(index, digest)
-        self._check(known == digest, DIGEST, seen, f"at {index} it is {digest:016x}, elsewhere {known:016x}")
+        if known != digest:
+            self._fail(DIGEST, seen, f"at {index} it is {digest:016x}, elsewhere {known:016x}")
         if len(self.digests) > DIGESTS_KEPT:
             self.digests.popitem(last=False)
 
@@ -312,12 +323,14 @@ class Rules:
         seen = self._seen[host.name]
         raft = seen.node.replica.raft
         if raft.term != seen.term:
-            self._check(raft.term > seen.term, TERM_BACK, seen, f"{seen.term} before: {raft}")
+            if raft.term < seen.term:
+                self._fail(TERM_BACK, seen, f"{seen.term} before: {raft}")
             seen.term = raft.term
             if raft.role is not Role.CANDIDATE:
                 seen.votes = {}
         if raft.commit != seen.commit:
-            self._check(raft.commit > seen.commit, COMMIT_BACK, seen, f"{seen.commit} before: {raft}")
+            if raft.commit < seen.commit:
+                self._fail(COMMIT_BACK, seen, f"{seen.commit} before: {raft}")
             seen.commit = raft.commit
             if raft.role is Role.LEADER and raft.commit > self.committed:
                 self._look_at_commit(seen)
@@ -331,26 +344,32 @@ class Rules:
             elif before is Role.LEADER and raft.term == seen.term:
                 self.met("leader stepped down by itself")
         if raft.role is Role.LEADER:
-            self._check(raft.log.last_index >= seen.last, APPEND_ONLY, seen, f"{seen.last} before: {raft}")
+            if raft.log.last_index < seen.last:
+                self._fail(APPEND_ONLY, seen, f"{seen.last} before: {raft}")
             seen.last = raft.log.last_index
         if seen.node.cluster is not None and self._cluster is None:
             self._cluster = seen.node.cluster
-        self._check(seen.node.cluster in (None, self._cluster), ONE_CLUSTER, seen, f"{seen.node.cluster}")
+        if seen.node.cluster not in (None, self._cluster):
+            self._fail(ONE_CLUSTER, seen, f"{seen.node.cluster}")
 
     def _look_at_leader(self, seen: _Seen) -> None:
         raft = seen.node.replica.raft
         seen.last = raft.log.last_index
         known = self._leaders.setdefault(raft.term, raft.id)
-        self._check(known == raft.id, ONE_LEADER, seen, f"{raft} after {known}")
+        if known != raft.id:
+            self._fail(ONE_LEADER, seen, f"{raft} after {known}")
         for first, (_, term, _) in self.chosen.items():
             there = first <= raft.log.base_index or raft.log.term_at(first) == term
-            self._check(there, COMPLETENESS, seen, f"{raft} lacks {first}@{term}")
+            if not there:
+                self._fail(COMPLETENESS, seen, f"{raft} lacks {first}@{term}")
         voters = raft.config_at(raft.log.last_index).voters
         sure = sum(1 for v in voters if v == raft.id or seen.votes.get(v) is False)
         everybody = all(m.id == raft.id or m.id in seen.votes for m in raft.config.members)
-        self._check(2 * sure > len(voters) or everybody, ELECTED, seen, f"{raft} of {voters} by {seen.votes}")
+        if not (2 * sure > len(voters) or everybody):
+            self._fail(ELECTED, seen, f"{raft} of {voters} by {seen.votes}")
         eligible = {id for _, config in raft._configs[-2:] for id in config.voters}
-        self._check(raft.id in eligible, MEMBER_LEADS, seen, f"{raft} leads {raft.config}")
+        if raft.id not in eligible:
+            self._fail(MEMBER_LEADS, seen, f"{raft} leads {raft.config}")
         if everybody and 2 * sure <= len(voters):
             self.met("elected unanimously out of doubt")
         if any(b.term < raft.term for b in raft.log.batches(raft.commit)[:-1]):
@@ -361,21 +380,25 @@ class Rules:
         if raft.commit <= raft.log.base_index:
             return
         last = raft.log.batch_at(raft.commit)
-        self._check(last.term == raft.term, OWN_TERM, seen, f"{raft} commits {last!r}")
+        if last.term != raft.term:
+            self._fail(OWN_TERM, seen, f"{raft} commits {last!r}")
         held, voters = self._holders.get((last.last, last.term), set()), raft.config.voters
         enough = 2 * len(held.intersection(voters)) > len(voters)
-        self._check(enough, MAJORITY, seen, f"{raft}: {last!r} is held by {sorted(held)} of {voters}")
+        if not enough:
+            self._fail(MAJORITY, seen, f"{raft}: {last!r} is held by {sorted(held)} of {voters}")
 
     def _look_at_config(self, seen: _Seen) -> None:
         raft = seen.node.replica.raft
         seen.config_index = raft.config_index
         pending = [config for index, config in raft._configs if index > raft.commit]
         if raft.role is Role.LEADER:
-            self._check(len(pending) <= 1 or not raft._configs[0][1].members, ONE_CHANGE, seen, f"{raft}: {pending}")
+            if not (len(pending) <= 1 or not raft._configs[0][1].members):
+                self._fail(ONE_CHANGE, seen, f"{raft}: {pending}")
         # The first stands for all before the log, or before the snapshot, whichever is later: so nothing need follow it.
         for (_, old), (_, new) in zip(raft._configs[1:], raft._configs[2:]):
             differ = set(old.voters) ^ set(new.voters)
-            self._check(len(differ) <= 1 or not old.voters, OVERLAP, seen, f"{old} to {new}")
+            if not (len(differ) <= 1 or not old.voters):
+                self._fail(OVERLAP, seen, f"{old} to {new}")
             self._notice_change(old, new)
 
     def _notice_change(self, old: Configuration, new: Configuration) -> None:

@@ -61,9 +61,9 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         election=election,
         clients=rng.choice([2, 3, 5]),
         keys=rng.choice([1, 3, 6]),
-        pace_s=rng.choice([0.2, 0.5, 1.0]),
+        pace_s=rng.choice([0.3, 0.6, 1.2]),
         expect=nodes if rng.random() < 0.5 else 1,
-        timing=Timing(),
+        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.1]), heartbeat_s=rng.choice([0.1, 0.2])),
         bounds=replace(
             Bounds(),
             append_bytes_max=rng.choice([60, 200, 1 << 20]),
