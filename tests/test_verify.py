@@ -491,7 +491,7 @@ def test_ctrl_c_does_not_turn_a_no_into_a_yes(start: Callable[..., Process]) -> 
     stale = Stale()
     with Town(stale) as town:
         running = start(town.server.address, "--seconds", "600", "--clients", "4")
-        wait(lambda: stale.lies > 0, 20, "there was a lie")
+        wait(lambda: stale.lies > 20, 20, "there were lies")  # one may happen to be right
         running.process.send_signal(signal.SIGINT)
         assert running.end().code == 1
 
@@ -646,7 +646,7 @@ def test_a_cluster_of_its_own_is_harmed_and_leaves_nothing(start: Callable[..., 
     found = json.loads(ran.out)
     assert ran.code == 0, (ran.out, ran.err)
     assert found["linearizable"] is True and found["judged"] > 300
-    assert sum(found["faults"].values()) >= 2 and set(found["faults"]) <= {fault.value for fault in Fault}
+    assert sum(found["faults"].values()) >= 1 and set(found["faults"]) <= {fault.value for fault in Fault}
     assert all(gone(pid) for pid in nodes)
     assert not list(tmp_path.iterdir()), "the directory is gone"
 
