@@ -18,6 +18,7 @@ import argparse
 import base64
 import binascii
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command == "sim":
+        return _sim(args)
     if args.timeout is None:
         args.timeout = VERIFY_TIMEOUT_S if args.command == "verify" else TIMEOUT_S
     if args.command == "verify":
@@ -318,6 +321,29 @@ def _addresses(servers: str) -> list[str]:
             return list(client.servers)
     except DdbError as error:
         raise UsageError(error.message) from None
+
+
+# --------------------------------------------------------------------- sim
+
+
+def _sim(args: argparse.Namespace) -> int:
+    from ddb import simreport  # it needs everything
+
+    try:
+        faults, kept = simreport.fault_kinds(args.faults), simreport.positions(args.keep)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    seed = secrets.randbelow(1 << 32) if args.seed is None else args.seed
+    options = simreport.Options(seed, args.nodes, args.election, args.steps, faults, args.until, kept)
+    say = (lambda line: None) if args.json else print
+    with Progress(sys.stderr) as progress:
+        if args.seeds > 1:
+            tally = simreport.many(options, args.seeds, args.jobs, say, progress.show)
+        else:
+            tally = simreport.one(options, say, args.trace, args.minimize, progress.show)
+    if args.json:
+        _print_json(tally.to_json())
+    return ERROR if tally.failures else OK
 
 
 # ----------------------------------------------------------- in and out
@@ -580,6 +606,23 @@ def _verify_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--election", choices=("bully", "raft"), help="how it elects (bully)")
 
 
+def _sim_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", metavar="N", type=whole(0, REVISION_MAX), help="of all chance (drawn when not given)")
+    parser.add_argument("--seeds", metavar="N", type=whole(1, 1 << 40), default=1, help="so many, from --seed on (1)")
+    parser.add_argument("--jobs", metavar="N", type=whole(1, 256), default=1, help="processes for many seeds (1)")
+    parser.add_argument("--nodes", metavar="N", type=whole(3, 7), help="3 to 7 (the seed draws them)")
+    parser.add_argument("--election", choices=("bully", "raft"), help="how they elect (the seed draws it)")
+    parser.add_argument(
+        "--steps", metavar="N", type=whole(1, 1 << 40), help="heal after so many (30 simulated seconds)"
+    )
+    parser.add_argument("--faults", metavar="LIST", help="the kinds that may strike, or none (the seed draws them)")
+    parser.add_argument("--keep", metavar="LIST", help="only these of the schedule's faults, by their numbers from 0")
+    parser.add_argument("--trace", action="store_true", help="show all that happens")
+    parser.add_argument("--until", metavar="STEP", type=whole(1, 1 << 40), help="end there, and show every node")
+    parser.add_argument("--minimize", action="store_true", help="leave out faults as long as the same rule is broken")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
 def _none(parser: argparse.ArgumentParser) -> None:
     """A command without arguments of its own."""
 
@@ -612,6 +655,12 @@ _COMMANDS: dict[str, tuple[_Run | None, Callable[[argparse.ArgumentParser], None
         "see whether what clients are told is linearizable (exit code 0) or not (1)",
         "ddb verify --faults",
     ),
+    "sim": (
+        None,
+        _sim_options,
+        "simulate a cluster, its clients and all that can go wrong, from one seed (exit code 1: a rule was broken)",
+        "ddb sim --seed 7 --nodes 3 --trace",
+    ),
     "ping": (_ping, _none, "see whether a node answers", "ddb ping --server 127.0.0.1:8051"),
 }
 
@@ -633,7 +682,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"example: {example}\n\n{EXIT_CODES}",
         )
         options(sub)
-        if name != "up":
+        if name not in ("up", "sim"):
             _common(sub, top=False, timeout_s=VERIFY_TIMEOUT_S if name == "verify" else TIMEOUT_S)
         sub.set_defaults(run=run)
     return parser

@@ -25,7 +25,6 @@ from typing import Final
 from ddb.agenda import Agenda
 from ddb.checker import check
 from ddb.errors import DdbError, InvariantError
-from ddb.history import Operation
 from ddb.simfaults import Fault, strike, swarm
 from ddb.simrules import LAWFUL, Violation
 from ddb.simtown import Plan, Town, draw_plan
@@ -71,7 +70,8 @@ class Options:
 
 @dataclass(slots=True)
 class Result:
-    """What came of a run. `violation` is None where every rule held."""
+    """What came of a run. `met` counts the faults that struck and the rare things that were seen; `operations` are those
+    that clients were done with; `state` says how each node was in the end. `violation` is None where every rule held."""
 
     options: Options
     plan: Plan
@@ -79,7 +79,8 @@ class Result:
     met: Counter[str]
     steps: int
     simulated_s: float
-    history: list[Operation]
+    operations: int
+    state: list[str]
     violation: Violation | None = None
 
 
@@ -127,7 +128,15 @@ class Simulation:
             violation = Violation(LAWFUL, "?", str(error))
         town = self.town
         return Result(
-            self.options, self.plan, self.faults, self.met, town.agenda.steps, town.agenda.now, town.history, violation
+            self.options,
+            self.plan,
+            self.faults,
+            self.met,
+            town.agenda.steps,
+            town.agenda.now,
+            len(town.history),
+            [repr(town.hosts[name]) for name in town.nodes],
+            violation,
         )
 
     @property

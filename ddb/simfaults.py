@@ -275,6 +275,7 @@ def _flip(fault: Fault, town: Town) -> Undo:
     town.kill(name, power=True, back_in_s=fault.for_s)
     files = [path for path in host.disk.names if path.suffix in (".log", ".db") and host.disk.content(path)]
     if files:
+        town.rotten.add(name)
         path: Path = sorted(files)[int(fault.how * len(files))]
         host.disk.flip(path, town.rng)
         town.met(f"bit flipped in {'the log' if path.suffix == '.log' else 'the snapshot'}")
@@ -303,6 +304,7 @@ def _lost_tail(fault: Fault, town: Town) -> Undo:
         content = host.disk.content(logs[-1]).rstrip(b"\n")
         cut = max(1, int(len(content) - fault.how * 400))
         host.disk.put(logs[-1], content[:cut])
+        town.rotten.add(name)
         town.met("durable tail lost")
     return None
 

@@ -100,6 +100,7 @@ class Rules:
         self._note = note
         self.committed = 0  # the highest index that anybody ever knew to be committed
         self.chosen: dict[int, tuple[int, int, bytes]] = {}  # first -> last, term, data of what was applied there
+        self._chosen_in: dict[int, int] = {}  # first -> a term by which that was known; later leaders have it
         self.digests: OrderedDict[int, int] = OrderedDict()  # index -> digest of the state there
         self._leaders: dict[int, str] = {}  # term -> leader
         self._votes: dict[tuple[str, int], str] = {}  # (voter, term) -> candidate, where given without doubt
@@ -303,6 +304,7 @@ class Rules:
         known = self.chosen.setdefault(batch.first, (batch.last, batch.term, data))
         if known != (batch.last, batch.term, data):
             self._fail(MACHINE_SAFETY, seen, f"{batch!r} {data!r}: {known}")
+        self._chosen_in.setdefault(batch.first, seen.node.replica.raft.term)
         commit = seen.node.replica.raft.commit
         if not (seen.applied < batch.last <= commit):
             self._fail(APPLIED_BACK, seen, f"{batch!r} after {seen.applied}/{commit}")
@@ -359,7 +361,9 @@ class Rules:
         if known != raft.id:
             self._fail(ONE_LEADER, seen, f"{raft} after {known}")
         for first, (_, term, _) in self.chosen.items():
-            there = first <= raft.log.base_index or raft.log.term_at(first) == term
+            there = (
+                self._chosen_in[first] >= raft.term or first <= raft.log.base_index or raft.log.term_at(first) == term
+            )
             if not there:
                 self._fail(COMPLETENESS, seen, f"{raft} lacks {first}@{term}")
         voters = raft.config_at(raft.log.last_index).voters
@@ -391,9 +395,8 @@ class Rules:
         raft = seen.node.replica.raft
         seen.config_index = raft.config_index
         pending = [config for index, config in raft._configs if index > raft.commit]
-        if raft.role is Role.LEADER:
-            if not (len(pending) <= 1 or not raft._configs[0][1].members):
-                self._fail(ONE_CHANGE, seen, f"{raft}: {pending}")
+        if raft.role is Role.LEADER and not (len(pending) <= 1 or not raft._configs[0][1].members):
+            self._fail(ONE_CHANGE, seen, f"{raft}: {pending}")
         # The first stands for all before the log, or before the snapshot, whichever is later: so nothing need follow it.
         for (_, old), (_, new) in zip(raft._configs[1:], raft._configs[2:]):
             differ = set(old.voters) ^ set(new.voters)

@@ -127,6 +127,7 @@ class Town:
         self.back_in_s: dict[str, float] = {}
         self.healed = False
         self._damaged: dict[str, tuple[str, int]] = {}  # host -> whose data was, and what was committed then
+        self.rotten: set[str] = set()  # hosts on whose disks something was changed behind the program's back
         self._repairs: set[str] = set()
         self._away: set[str] = set()  # hosts whose start is on the agenda
         registry = self._host("registry")
@@ -286,6 +287,7 @@ class Town:
     def wipe(self, name: str) -> None:
         """Empty the disk of `name`, which is down."""
         self.hosts[name].disk.wipe()
+        self.rotten.discard(name)
         self.met("disk wiped")
 
     def _exited(self, host: Host, why: str | None) -> None:
@@ -300,7 +302,7 @@ class Town:
                 self.wipe(name)
                 self.met("removed node started anew")
         elif "--repair" in why or "is missing" in why or "not a node's identity" in why:
-            if name not in self._damaged:
+            if name not in self.rotten:
                 raise Violation(UNDAMAGED, name, why)
             self._repairs.add(name)
             self.met("damage refused, then repaired")
