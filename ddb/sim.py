@@ -197,6 +197,9 @@ class Simulation:
         self._turn(agenda.now + GRACE_S, lambda: all(client.pending is None for client in town.clients))
         end_s = agenda.now + PROGRESS_S
         if not self._turn(end_s, lambda: town.why_not_settled() is None) and not self._is_over:
+            if town.is_beyond_help:
+                self._meet("too many lost their memory: waits for a person")
+                return
             raise Violation(PROGRESS, "town", f"after {PROGRESS_S:g} s: {town.why_not_settled()}")
         replies: list[object] = []
         town.ask({"op": "put", "key": "last", "value": 1}, timeout_s=5.0, done=replies.append)

@@ -212,6 +212,8 @@ def _crash_point(fault: Fault, town: Town) -> Undo:
 def _pause(fault: Fault, town: Town) -> Undo:
     """SIGSTOP, and SIGCONT."""
     host = town.hosts[town.victim(fault.where)]
+    if host.program is None:
+        return None
     host.pause()
     return host.resume
 

@@ -363,6 +363,17 @@ class Town:
 
     # -- the end
 
+    @property
+    def is_beyond_help(self) -> bool:
+        """Whether so many voters' memory is gone, wholly or by a torn tail, that no majority can remember all that it
+        acknowledged: then ddb waits for a person rather than guess (docs/architecture.md)."""
+        if not self.running:
+            return False
+        best = max(self.running, key=lambda node: (node.replica.raft.log.last_term, node.replica.raft.log.last_index))
+        voters = best.replica.raft.config.voters
+        sure = sum(1 for node in self.running if node.id in voters and not node.replica.raft.doubt)
+        return 2 * sure <= len(voters)
+
     def why_not_settled(self) -> str | None:
         """What is still missing for all to be well; None when nothing is."""
         for name in self.nodes:
