@@ -305,6 +305,8 @@ def _lost_tail(fault: Fault, town: Town) -> Undo:
     if logs:
         content = host.disk.content(logs[-1]).rstrip(b"\n")
         cut = max(1, int(len(content) - fault.how * 400))
+        while cut > 1 and b"\n" in content[cut - 1 : cut + 1]:
+            cut -= 1  # what ends with a whole record shows nothing: that would be a disk that lies, and nobody can tell
         host.disk.put(logs[-1], content[:cut])
         town.rotten.add(name)
         town.met("durable tail lost")
