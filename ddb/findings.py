@@ -121,7 +121,9 @@ class Findings:
                 "the revisions told contradict one another" if verdict.linearizable else "some replies can't be right"
             )
             return f"{paint('Not linearizable', _BAD, colour)}: {what}."
-        if verdict is None or not self.outcomes[Outcome.DONE]:
+        if verdict is None:
+            return "Nothing was judged."
+        if not self.outcomes[Outcome.DONE]:
             return "Nothing was judged: no operation was acknowledged."
         if verdict.linearizable is None:
             return f"{verdict} More keys, or fewer clients, make it easier."

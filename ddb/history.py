@@ -116,6 +116,12 @@ def validate(operation: Operation) -> None:
         raise BadHistory(f"`client` is a name, not {operation.client!r}.")
     if not isinstance(operation.request, Mapping) or not isinstance(operation.reply, Mapping | None):
         raise BadHistory("`request` is an object, and `reply` an object or null.")
+    for name in ("items", "results"):
+        parts = (operation.reply or {}).get(name, ())
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, Mapping) for part in parts):
+            raise BadHistory(f"`{name}` is a list of objects.")
+        if name == "items" and not all(isinstance(part.get("key"), str) for part in parts):
+            raise BadHistory("An item has a `key`, a string.")
     if not _is_time(operation.called) or not (operation.returned is None or _is_time(operation.returned)):
         raise BadHistory("`call` is a number, and `return` a number or null.")
     if operation.returned is None:

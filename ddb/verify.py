@@ -43,7 +43,7 @@ from ddb.checker import check
 from ddb.client import Client, connect
 from ddb.errors import DdbError, Internal, Timeout, Unreachable, WrongCluster
 from ddb.findings import Findings
-from ddb.history import Operation, Outcome
+from ddb.history import BadHistory, Operation, Outcome
 from ddb.nemesis import Nemesis
 from ddb.workload import KEYS_OF_FAMILY, MIX, Family, Fault, Request, Script
 
@@ -58,6 +58,7 @@ SILENCE_S: Final = 10.0
 PATIENCE_S: Final = 5.0  # with a question on which everything depends
 UNREACHABLE_S: Final = 1.0
 RETURN_S: Final = 20.0  # for a node that was harmed to come back
+MESSAGE_CHARACTERS_MAX: Final = 300
 ANYWHERE: Final = 0.4  # of the requests go to any node, the rest where the client would go by itself
 SHUNNED_S: Final = (
     1.5  # at most: how long a client leaves a node alone that did not answer, so as to have time for others
@@ -287,8 +288,12 @@ class _Run:
     def _judge(self, history: list[Operation]) -> None:
         self._watch(f"judging {len(history):,} operations")
         began_s = time.monotonic()
-        verdict = check(history, configurations_max=CONFIGURATIONS_MAX)
-        self._findings.judge(verdict, time.monotonic() - began_s)
+        try:
+            verdict = check(history, configurations_max=CONFIGURATIONS_MAX)
+        except BadHistory as error:
+            self._findings.fail(f"The cluster answered what makes no sense: {error.message[:MESSAGE_CHARACTERS_MAX]}")
+        else:
+            self._findings.judge(verdict, time.monotonic() - began_s)
 
 
 class _Asker:

@@ -353,7 +353,9 @@ def test_a_request_that_makes_no_sense_is_refused(request_: Request) -> None:
         check([Operation("c1", request_, 0, 1, {"ok": True, "items": []})])
 
 
-@pytest.mark.parametrize("reply", [{"rev": "7"}, {"version": True}, {"results": [3]}, {"items": [{}]}])
+@pytest.mark.parametrize(
+    "reply", [{"rev": "7"}, {"version": True}, {"results": [3]}, {"items": [{}]}, {"items": 7}, {"results": {}}]
+)
 def test_a_reply_that_makes_no_sense_is_refused(reply: dict[str, Any]) -> None:
     with pytest.raises(BadHistory):
         check([op("c1", 0, 1, "put a 1", **reply)])

@@ -21,6 +21,7 @@ import pytest
 
 from ddb import cli, progress, verify
 from ddb.checker import check
+from ddb.errors import DdbError
 from ddb.findings import Findings
 from ddb.history import from_lines
 from ddb.workload import MIX, Family, Fault, Script, mix_shown, parse_mix
@@ -50,7 +51,11 @@ class Town:
             return {"ok": True, "node": "n1", "id": "1", "role": "leader", "term": 1, "members": [], "leader": None}
         with self.lock:
             own = {name: value for name, value in request.items() if name not in ("timeout", "read")}
-            return self.tamper(request, self.database(own))
+            try:
+                right = self.database(own)
+            except DdbError as error:
+                right = failure(error.code)
+            return self.tamper(request, right)
 
     @property
     def keys(self) -> list[str]:
@@ -412,6 +417,21 @@ def test_what_is_no_database_is_one_sentence(ddb_verify: Callable[..., Ran]) -> 
     with FakeServer() as server:  # it says ok to everything
         ran = ddb_verify(server.address, *BRIEF)
     assert ran.code == 1 and "Traceback" not in ran.out + ran.err
+
+
+@pytest.mark.parametrize(
+    "nonsense", [{"rev": "x"}, {"items": 7}, {"items": ["x"]}, {"results": None}, {"version": 0.5}]
+)
+def test_an_answer_that_makes_no_sense_is_one_sentence(
+    ddb_verify: Callable[..., Ran], nonsense: dict[str, Any]
+) -> None:
+    def tamper(request: dict[str, Any], reply: Reply) -> Reply:
+        return {**reply, **nonsense} if request["op"] in ("get", "scan") and reply and "more" not in reply else reply
+
+    with Town(tamper) as town:
+        ran = ddb_verify(town, *BRIEF)
+    assert ran.code == 1 and ran.out.startswith("Nothing was judged.\n")
+    assert re.fullmatch(r"ddb: The cluster answered what makes no sense: [^\n]+\n", ran.err)
 
 
 def test_a_cluster_that_dies_meanwhile_ends_the_load_and_what_was_seen_is_judged(
