@@ -11,6 +11,7 @@ from typing import Final, TextIO
 
 LINES_S: Final = 10.0  # between two lines where they stay
 CHANGES_S: Final = 0.1  # between two changes of a line that doesn't stay
+COLUMNS: Final = 80  # where the terminal doesn't say
 _CLEAR: Final = "\r\x1b[K"
 
 
@@ -41,9 +42,9 @@ class Progress:
 
     def _width(self) -> int:
         try:
-            return os.get_terminal_size(self._stream.fileno()).columns
+            return os.get_terminal_size(self._stream.fileno()).columns or COLUMNS
         except OSError:
-            return 80
+            return COLUMNS
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -463,6 +463,19 @@ def test_keys_that_can_not_be_removed_are_told(ddb_verify: Callable[..., Ran]) -
     )
 
 
+def test_the_keys_are_removed_even_where_verify_itself_fails(
+    ddb_verify: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(verify, "check", fail)
+    with Town() as town:
+        with pytest.raises(RuntimeError, match="a bug"):
+            ddb_verify(town, *BRIEF)
+        assert town.keys == [] and "put" in town.server.ops
+
+
 # ------------------------------------------------------------------ Ctrl-C
 
 
