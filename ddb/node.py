@@ -279,8 +279,10 @@ class Node:
 
     def _keep_peers(self) -> None:
         wanted = {m.id for m in self.replica.raft.config.members} | self.peers.introduced().keys()
-        if self.cluster is None and self._registry_cluster is not None:
-            wanted |= self._sightings.keys()  # whoever leads there takes in a node that introduces itself
+        if self._registry_cluster is not None and self.replica.raft.config.member(self.id) is None:
+            # Whoever leads there takes in a node that introduces itself. One that was about to be taken in when the
+            # leader died belongs to the cluster already, and yet nobody else knows: it has to go on knocking.
+            wanted |= self._sightings.keys()
         self.peers.keep(wanted)
 
     def standings(self) -> dict[str, Standing]:

@@ -596,7 +596,7 @@ class SimConnection(sqlite3.Connection):
         """After a statement: what it committed, if anything, goes into the file."""
         if self.in_transaction or sql.split(None, 1)[0].upper() in NOT_WRITING:
             return
-        content = self.serialize()
+        content = _unsigned(self.serialize())
         if content == (self._loaded or _EMPTY):
             return
         (synchronous,) = super().execute("PRAGMA synchronous").fetchone()
@@ -630,6 +630,11 @@ def sqlite_error(code: int, text: str) -> sqlite3.OperationalError:
     return error
 
 
+def _unsigned(content: bytes) -> bytes:
+    """`content` without the number of the SQLite that wrote it last (fileformat2.html §1.3.14): the same everywhere."""
+    return content[:96] + bytes(4) + content[100:]
+
+
 def _empty_database() -> bytes:
     """A database of one page that holds nothing: SQLite loads no empty bytes."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
@@ -637,7 +642,7 @@ def _empty_database() -> bytes:
         connection.execute("CREATE TABLE made (and_gone)")
         connection.execute("DROP TABLE made")
         connection.execute("VACUUM")
-        return connection.serialize()
+        return _unsigned(connection.serialize())
     finally:
         connection.close()
 

@@ -50,14 +50,15 @@ class Tally:
         if result.violation is not None:
             self.failures.append(result)
 
-    def lines(self) -> Iterator[str]:
-        """In words, for people."""
+    def lines(self, timed: bool = True) -> Iterator[str]:
+        """In words, for people. What is not `timed` is the same for the same seeds, wherever it runs."""
         ratio = self.simulated_s / self.took_s if self.took_s else 0.0
         runs = "1 run" if self.runs == 1 else f"{self.runs:,} runs"
-        yield (
-            f"{runs}, {self.steps:,} steps, {self.simulated_s / 3600:,.2f} simulated hours, {self.operations:,} operations; "
-            f"{ratio:,.0f} times faster than real time"
-        )
+        simulated = f"{self.simulated_s:,.1f} simulated seconds"
+        if self.simulated_s >= 3600:
+            simulated = f"{self.simulated_s / 3600:,.1f} simulated hours"
+        speed = f"; {ratio:,.0f} times faster than real time" if timed else ""
+        yield f"{runs}, {self.steps:,} steps, {simulated}, {self.operations:,} operations{speed}"
         faults = {kind.removeprefix(FAULT): n for kind, n in sorted(self.met.items()) if kind.startswith(FAULT)}
         yield "faults: " + (", ".join(f"{n:,} {kind}" for kind, n in faults.items()) or "none")
         rare = {what: n for what, n in sorted(self.met.items()) if not what.startswith(FAULT)}
@@ -153,7 +154,7 @@ def one(options: Options, say: Say, trace: bool, shrink: bool, watch: Say) -> Ta
     tally.add(result, time.process_time() - began)
     plan = result.plan
     say(f"seed {options.seed}: {plan.nodes} nodes, election {plan.election}, {plan.clients} clients, {plan.keys} keys")
-    for line in tally.lines():
+    for line in tally.lines(timed=not trace):
         say(line)
     if shrink and result.violation is not None:
         say("the schedule of faults that is left:")

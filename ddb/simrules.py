@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 from ddb.kv import Machine
@@ -70,6 +70,21 @@ class Violation(AssertionError):
         self.rule = rule
         self.host = host
         self.what = what
+
+
+def brief(m: Message) -> str:
+    """`m` in one line for the trace: what it says, without what goes without saying."""
+    said = []
+    for part in fields(m):
+        value = getattr(m, part.name)
+        if part.name in ("src", "dst", "sha256", "digest") or value in (None, False, 0, ()):
+            continue
+        if isinstance(value, bytes):
+            value = f"{len(value)} bytes"
+        elif isinstance(value, tuple):
+            value = " ".join(v.decode() if isinstance(v, bytes) else repr(v) for v in value)
+        said.append(f"{part.name}={value}")
+    return f"{type(m).__name__}({', '.join(said)})"
 
 
 @dataclass(slots=True)
@@ -199,7 +214,7 @@ class Rules:
 
     def _sending(self, seen: _Seen, m: Message) -> None:
         if self._note is not None:
-            self._note(f"{seen.host} says {m!r}")
+            self._note(f"{seen.host} > {m.dst.partition('.')[0]}  {brief(m)}")
         node = seen.node
         state = node.journal.hard_state
         term = getattr(m, "term", 0)
@@ -245,7 +260,7 @@ class Rules:
 
     def _receiving(self, seen: _Seen, m: Any) -> None:
         if self._note is not None:
-            self._note(f"{seen.host} hears {m!r}")
+            self._note(f"{seen.host} < {m.src.partition('.')[0]}  {brief(m)}")
         raft = seen.node.replica.raft
         kind = type(m)
         if kind is Append:
@@ -293,6 +308,8 @@ class Rules:
     def _durable(self, seen: _Seen, waiting: list[tuple[int, list[Batch]]], ticket: int) -> None:
         while waiting and waiting[0][0] <= ticket:
             for batch in waiting.pop(0)[1]:
+                if self._note is not None:
+                    self._note(f"{seen.host} has saved {batch!r}")
                 if seen.node.journal.last[0] >= batch.last:
                     self._hold(seen.node.id, batch)
 
@@ -309,6 +326,8 @@ class Rules:
         if not (seen.applied < batch.last <= commit):
             self._fail(APPLIED_BACK, seen, f"{batch!r} after {seen.applied}/{commit}")
         seen.applied = batch.last
+        if self._note is not None:
+            self._note(f"{seen.host} applies {batch!r}")
         self._digest(seen, batch.last, machine.table.digest)
 
     def _digest(self, seen: _Seen, index: int, digest: int) -> None:
@@ -341,6 +360,8 @@ class Rules:
             self._look_at_config(seen)
         if raft.role is not seen.role:
             before, seen.role = seen.role, raft.role
+            if self._note is not None:
+                self._note(f"{seen.host} is {raft.role.value} in term {raft.term}")
             if raft.role is Role.LEADER:
                 self._look_at_leader(seen)
             elif before is Role.LEADER and raft.term == seen.term:
