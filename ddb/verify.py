@@ -11,10 +11,13 @@ Laws:
 4. Memory and time are bounded: a long run is judged in rounds, each with keys of its own.
 5. The first Ctrl-C ends the load, and what was seen is judged; the second one ends that too.
 
-Theory. A stale read is seen only where clients meet: so they are few keys wide (workload.py), they ask in step, on a
-grid of moments `clients / rate` apart, each at any node, and nobody waits for anybody. In the end every key is read once
-more, so that a write that was acknowledged and lost has somebody to miss it. Stale reads are judged too: at a
-revision, a key has one value, whoever tells it (revisions.py).
+Theory. What is wrong shows only where clients meet. So the keys in use are few (workload.py), and the clients ask in
+step, on a grid of moments `clients / rate` apart, at any node. In the end every key is read once more, so that a write
+that was acknowledged and lost has somebody to miss it. Reads that say they are stale are judged too: at a revision, a key has
+one value, whoever tells it (revisions.py).
+
+Each operation of unknown outcome may double what there is to try. So keys of which too much is unknown are retired, like
+those that have been asked often enough, and fresh ones take their place.
 
 With `faults` there is a cluster of its own, as `ddb up` starts it, in a temporary directory, and a nemesis (nemesis.py)
 that harms a minority of it. It is the main thread that does so and that starts processes; the clients are threads, which only
@@ -60,9 +63,7 @@ UNREACHABLE_S: Final = 1.0
 RETURN_S: Final = 20.0  # for a node that was harmed to come back
 MESSAGE_CHARACTERS_MAX: Final = 300
 ANYWHERE: Final = 0.4  # of the requests go to any node, the rest where the client would go by itself
-SHUNNED_S: Final = (
-    1.5  # at most: how long a client leaves a node alone that did not answer, so as to have time for others
-)
+SHUNNED_S: Final = 1.5  # at most, for a node that did not answer a client: so that it has time for the others
 
 Watch = Callable[[str], None]
 
