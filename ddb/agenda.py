@@ -21,7 +21,8 @@ class Actor(Protocol):
 
 
 class Agenda:
-    """The events to come. `now` is in virtual seconds, `steps` counts what has happened."""
+    """The events to come. `now` is in virtual seconds, `steps` counts what has begun to
+    happen."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -50,13 +51,14 @@ class Agenda:
             heappop(heap)
             if actor is None:
                 self.now = when
+                self.steps += 1
                 fn(*args)
             elif actor.life == life:
                 self.now = when
+                self.steps += 1
                 actor.happens(fn, args)
             else:
                 continue
-            self.steps += 1
             return True
         self.now = max(self.now, until)
         return False

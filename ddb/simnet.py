@@ -6,8 +6,8 @@ reordered: that is more than TCP allows, and Raft has to bear it (§5.1).
 
 Theory. A *link* is a directed pair of hosts. While it is blocked, what is sent over it is held back, as TCP would
 send it again and again; after `PEER_TIMEOUT_S` without an acknowledgement the connection breaks on the sender's
-side. A killed process leaves a kernel that says goodbye for it; a host without power says nothing, and answers with
-a reset only when it is back.
+side, and on that side alone: the other one is told, by a reset, only if it sends something. A killed process leaves a kernel
+that says goodbye for it; a host without power says nothing, and answers with a reset only when it is back.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Network:
         for src, dst in links:
             if (src, dst) not in self._blocked:
                 self._orphans = [end for end in self._orphans if end.held]
-                for end in [*self.hosts[src].ends.values(), *self._orphans]:
-                    if end.host.name == src and end.far.host.name == dst and end.held:
+                for end in [*self.hosts[src].ends.values(), *self.hosts[dst].ends.values(), *self._orphans]:
+                    if end.waiting_since is not None and {end.host.name, end.far.host.name} == {src, dst}:
                         self._send_again(end)
 
     def passes(self, src: str, dst: str) -> bool:
@@ -109,6 +109,13 @@ class Network:
         """Its program has gone; the kernel goes on trying to send what is left."""
         if end.held:
             self._orphans.append(end)
+
+    def power_lost(self, host: Endpoint) -> None:
+        """What the kernel of `host` still had to send is lost with it."""
+        for end in self._orphans:
+            if end.host is host:
+                end.lost = True
+                end.held.clear()
 
     # -- connections
 
@@ -141,6 +148,8 @@ class Network:
 
     def transmit(self, end: Connection, pieces: list[bytes], fin: bool) -> None:
         """Send `pieces`, and with `fin` the connection's end, to the other side."""
+        if end.lost:
+            return
         src, far = end.host.name, end.far
         dst = far.host.name
         if self._blocked:
@@ -160,19 +169,20 @@ class Network:
         if end.held:
             end.held.append((pieces, fin))  # behind what TCP has yet to send again
             return
-        if self.chances.loss or self.chances.repeat or self.chances.reorder:
-            pieces = self._by_chance(end, pieces)
         self._carry(end, pieces, fin, self.latency_s(src, dst))
 
     def _carry(self, end: Connection, pieces: list[bytes], fin: bool, delay_s: float) -> None:
         due = end.due = max(self.agenda.now + delay_s, end.due)
+        if self.chances.loss or self.chances.repeat or self.chances.reorder:
+            pieces = self._by_chance(end, pieces)
         if pieces:
             self.agenda.at(due, end.far.host, end.far.arrive, pieces)
         if fin:
             self.agenda.at(due, end.far.host, end.far.end, "closed by the other side")
 
     def _by_chance(self, end: Connection, pieces: list[bytes]) -> list[bytes]:
-        """What is left of `pieces` when consensus messages get lost, come twice, or go their own way."""
+        """What is left of `pieces` when consensus messages get lost, come twice, or are late: never before what was sent
+        earlier, which may be their sender's introduction."""
         kept: list[bytes] = []
         chances, rng = self.chances, self._rng
         for piece in pieces:
@@ -184,10 +194,10 @@ class Network:
                 continue
             if rng.random() < chances.repeat:
                 self._on_fault("message repeated")
-                self.agenda.after(rng.random() * 0.2, end.far.host, end.far.arrive, [piece])
+                self.agenda.at(end.due + rng.random() * 0.2, end.far.host, end.far.arrive, [piece])
             if rng.random() < chances.reorder:
                 self._on_fault("message overtaken")
-                self.agenda.after(rng.random() * 0.1, end.far.host, end.far.arrive, [piece])
+                self.agenda.at(end.due + rng.random() * 0.1, end.far.host, end.far.arrive, [piece])
             else:
                 kept.append(piece)
         return kept
@@ -197,28 +207,37 @@ class Network:
         self.agenda.after(self._rng.random() * RETRANSMISSION_S, None, self._release, end)
 
     def _release(self, end: Connection) -> None:
-        if not self.passes(end.host.name, end.far.host.name):
+        src, far = end.host.name, end.far
+        dst = far.host.name
+        if not self.passes(src, dst) or (far.lost and far.host.down):
             return
         held, end.held = end.held, []
+        if far.lost:
+            end.host.post(end.end, "Connection reset by peer")
+            return
+        if self.passes(dst, src):
+            end.waiting_since = None
         for pieces, fin in held:
-            if end.far.lost:
-                end.host.post(end.end, "Connection reset by peer")
-                return
             self._carry(end, pieces, fin, LATENCY_S)
 
     def _expect_answer(self, end: Connection) -> None:
-        if not end.waiting:
-            end.waiting = True
-            self.agenda.after(PEER_TIMEOUT_S, None, self._give_up, end)
+        if end.waiting_since is None:
+            end.waiting_since = self.agenda.now
+            self.agenda.after(PEER_TIMEOUT_S, None, self._give_up, end, end.waiting_since)
 
-    def _give_up(self, end: Connection) -> None:
-        """An acknowledgement is overdue, unless the links have been mended since."""
-        end.waiting = False
-        src, dst = end.host.name, end.far.host.name
-        if not (self.passes(src, dst) and self.passes(dst, src)) or (end.far.lost and end.far.host.down):
-            self._on_fault("connection timed out")
+    def _give_up(self, end: Connection, since: float) -> None:
+        """An acknowledgement is overdue, unless one has come since."""
+        if end.waiting_since == since:
+            end.waiting_since = None
             end.held.clear()
-            end.host.post(end.end, "Connection timed out")
+            end.lost = True
+            if not end.reason:
+                self._on_fault("connection timed out")
+                end.host.post(end.end, "Connection timed out")
+
+    def failed(self, error: Exception) -> None:
+        """A connection's handler has raised `error`, which ends the connection."""
+        self._on_fault(f"a handler failed: {type(error).__name__}")
 
     def power_returned(self, host: Endpoint, ghosts: Sequence[Connection]) -> None:
         """`host` is back, and knows nothing of the connections it had: who still sends on them is told so."""
@@ -231,8 +250,8 @@ class Connection:
     """One side of a connection: a reactor.Channel. Made by `Host.connect`, or by a listener."""
 
     __slots__ = (
-        "_on_payload", "_out", "closed", "cutter", "dialled", "due", "far", "held", "host", "lost", "network", "number",
-        "on_close", "output_bytes", "reason", "sock", "waiting",
+        "_on_payload", "_out", "closed", "cutter", "dialled", "due", "established", "far", "held", "host", "lost", "network",
+        "number", "on_close", "output_bytes", "reason", "sock", "waiting_since",
     )  # fmt: skip
 
     def __init__(self, network: Network, host: Endpoint, dialled: bool) -> None:
@@ -240,6 +259,7 @@ class Connection:
         self.host = host
         self.number = network.number()
         self.dialled = dialled
+        self.established = not dialled
         self.far: Connection = self
         self.cutter = wire.FrameBuffer(PEER_FRAME_BYTES_MAX)
         self.on_close: Callable[[], None] | None = None
@@ -247,9 +267,9 @@ class Connection:
         self.reason = ""
         self.sock: object | None = network  # None after the end, as a slot sees it
         self.closed = False  # asked to close, or over
-        self.lost = False  # this side's host has lost its power
+        self.lost = False  # this side has lost its power, or has given up: it sends no more, and knows nothing of it
         self.held: list[tuple[list[bytes], bool]] = []
-        self.waiting = False  # for an acknowledgement
+        self.waiting_since: float | None = None  # for an acknowledgement
         self.due = 0.0  # when the last of what was sent arrives
         self._out: list[bytes] = []
         self._on_payload: Callable[[bytes], None] | None = None
@@ -273,10 +293,13 @@ class Connection:
 
     def opened(self, on_open: Callable[[], None]) -> None:
         """The other side has answered."""
-        if not self.closed:
-            on_open()
-            if self._out:
-                self.host.dirty.append(self)
+        self.established = True
+        if self.closed:
+            self.end("closed here")
+            return
+        if self._out:
+            self.host.dirty.append(self)
+        on_open()
 
     def send(self, data: bytes) -> None:
         """See Channel."""
@@ -288,7 +311,7 @@ class Connection:
 
     def flush(self) -> None:
         """Hand what waits to the network. The host calls this at the end of its turn."""
-        if self.far is self or (not self._out and not self.closed) or self.reason:
+        if not self.established or (not self._out and not self.closed) or self.reason:
             return
         self.host.effect("send")
         out, self._out = self._out, []
@@ -299,13 +322,17 @@ class Connection:
 
     def arrive(self, pieces: list[bytes]) -> None:
         """Bytes have come."""
-        if self.reason:
+        if self.closed:
             return
         for piece in pieces:
             for payload in self.cutter.feed(piece):
                 if self.sock is None:
                     return
-                self.take(payload)
+                try:
+                    self.take(payload)
+                except (DdbError, OSError) as error:
+                    self.network.failed(error)
+                    self.end("failed here")
             if self.cutter.error is not None:
                 self.end("sent something that is no frame")
 
@@ -328,9 +355,17 @@ class Connection:
     def end(self, reason: str) -> None:
         """See Channel."""
         if not self.reason:
-            if self.far is not self and not self.host.down:
+            if self.far is not self and not self.lost and not self.host.down:
                 self.network.transmit(self, [], True)
             self._over(reason)
+
+    def forsake(self, power: bool) -> None:
+        """Its program is dead, or with `power` its whole host: nobody is here any more, and nobody is called."""
+        self.on_close = None
+        if power:
+            self.lost = True
+            self.held.clear()
+        self.end("lost")
 
     def _over(self, reason: str) -> None:
         self.reason = reason
@@ -381,18 +416,34 @@ class ServedConnection(Connection):
 
     def slot_done(self, out_bytes: int) -> None:
         """See slots.Owner."""
-        if not self.closed:
+        if self.sock is not None:
             self.output_bytes += out_bytes
             self.host.dirty.append(self)
 
+    def send(self, data: bytes) -> None:
+        """See Connection. Finished replies go first."""
+        self._collect()
+        super().send(data)
+
     def flush(self) -> None:
         """See Connection: replies leave in the order of the requests."""
+        self._collect()
+        super().flush()
+
+    def _collect(self) -> None:
+        """Move the finished replies at the head of the queue to the output."""
         slots = self.slots
         while slots and slots[0].out is not None:
             out = slots.popleft().out
             if out is not None:
                 self._out.append(out if isinstance(out, bytes) else b"".join(out))
-        super().flush()
+
+    def end(self, reason: str) -> None:
+        """See Connection: nobody is there to answer."""
+        for slot in self.slots:
+            slot.out = slot.out or b""
+        self.slots.clear()
+        super().end(reason)
 
 
 class Listener:

@@ -239,8 +239,8 @@ class Rules:
             seen.ask, seen.alive = m.ask, set()
         elif isinstance(m, ElectionReply) and m.answer == "yield":
             seen.stalled.add(m.dst)  # if that one does not win, it was waited for in vain
-        elif isinstance(m, Append):
-            if self._leaders.get(m.term, m.src) != m.src:
+        elif isinstance(m, Append | InstallSnapshot):
+            if self._leaders.get(m.term) != m.src and node.replica.raft.role is not Role.LEADER:
                 self._fail(ONE_LEADER, seen, f"{m!r}: {self._leaders}")
         elif isinstance(m, TimeoutNow):
             self.met("leadership handed over")

@@ -305,6 +305,8 @@ class Sync:
 
     def _send_chunks(self, peer: str) -> None:
         sending, copy, handle = self._sendings[peer], self._copy, self._copy_handle
+        if not self._replica.is_leader:
+            return  # the term that has come is another's: a chunk in its name would pass for its leader's word
         if copy is None or handle is None:
             return
         window_end = sending.acknowledged + CHUNKS_IN_FLIGHT * self._chunk_bytes

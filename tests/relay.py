@@ -7,14 +7,20 @@ here, and shows who is at its two ends.
 `cut(node)` is a dropped route: connections stay open, and nothing comes through any more. That is what a firewall's
 DROP does, and the hardest case: nobody is told that anything broke. `heal` lets flow what had been held back, like TCP's
 own retransmissions would.
+
+`slow` makes the way long: what arrives is passed on only after a while, in its order. Where a kernel can't delay (netem),
+that is how it is done.
 """
 
 from __future__ import annotations
 
 import contextlib
+import random
 import selectors
 import socket
 import threading
+import time
+from collections import deque
 from dataclasses import dataclass, field
 
 from tests.harness import Cluster, NodeServer
@@ -29,8 +35,17 @@ class _Flow:
     source: socket.socket
     sink: socket.socket
     ends: frozenset[str]  # the hosts of the nodes at its two ends
+    under_way: deque[tuple[float, bytes]] = field(default_factory=deque)  # with the time at which each arrives
     held: bytearray = field(default_factory=bytearray)
     ended: bool = False
+
+    @property
+    def full(self) -> bool:
+        return len(self.held) + sum(len(data) for _, data in self.under_way) >= BUFFER_BYTES_MAX
+
+    def arrive(self, now: float) -> None:
+        while self.under_way and self.under_way[0][0] <= now:
+            self.held += self.under_way.popleft()[1]
 
 
 class Network:
@@ -45,6 +60,8 @@ class Network:
         self._cut_seen: set[str] = set()
         self._changed = threading.Condition()
         self._closing = False
+        self._delay_s = (0.0, 0.0)
+        self._lot = random.Random(1)
         for node in cluster.nodes:
             listener = socket.create_server(("127.0.0.1", 0))
             self._listeners[listener] = node
@@ -58,8 +75,13 @@ class Network:
             self._cut = {node.host for node in nodes}
             self._changed.wait_for(lambda: self._cut_seen == self._cut, 5.0)
 
+    def slow(self, least_s: float, most_s: float) -> None:
+        """From now on each piece of a stream takes so many seconds, drawn between these bounds; those before it go first."""
+        self._delay_s = (least_s, most_s)
+
     def heal(self) -> None:
-        """Let everything pass again."""
+        """Let everything pass again, without delay."""
+        self._delay_s = (0.0, 0.0)
         self.cut()
 
     def __enter__(self) -> Network:
@@ -80,15 +102,17 @@ class Network:
                 for listener in self._listeners:
                     selector.register(listener, selectors.EVENT_READ)
                 for source, flow in self._flows.items():
-                    if not self._held_back(flow, cut) and not flow.ended and len(flow.held) < BUFFER_BYTES_MAX:
+                    if not self._held_back(flow, cut) and not flow.ended and not flow.full:
                         selector.register(source, selectors.EVENT_READ)
-                ready = [key.fileobj for key, _ in selector.select(0.01)]
+                ready = [key.fileobj for key, _ in selector.select(0.001 if any(self._delay_s) else 0.01)]
             for end in ready:
                 if end in self._listeners:
                     self._accept(end, self._listeners[end])  # type: ignore[index, arg-type]
                 elif end in self._flows:
                     self._receive(self._flows[end])  # type: ignore[index]
+            now = time.monotonic()
             for flow in list(self._flows.values()):
+                flow.arrive(now)
                 if not self._held_back(flow, cut):
                     self._send(flow)
 
@@ -118,8 +142,11 @@ class Network:
             return
         except OSError:
             data = b""
-        flow.held += data
         flow.ended = not data
+        arrives_at = time.monotonic() + self._lot.uniform(*self._delay_s)
+        if flow.under_way:
+            arrives_at = max(arrives_at, flow.under_way[-1][0])
+        flow.under_way.append((arrives_at, data))
 
     def _send(self, flow: _Flow) -> None:
         try:
@@ -129,8 +156,9 @@ class Network:
             return
         except OSError:
             flow.held.clear()
+            flow.under_way.clear()
             flow.ended = True
-        if flow.ended and not flow.held:
+        if flow.ended and not flow.held and not flow.under_way:
             for end in (flow.source, flow.sink):
                 self._flows.pop(end, None)
                 end.close()

@@ -5,7 +5,7 @@ tests/netns.py. Where a majority is left that can talk, writes go on; afterwards
 lost, and the clients' histories are linearizable.
 
 The default run takes each shape once; `tox -e faults` takes each in every way, under both elections, with three and
-with five nodes. Disks and clocks have files of their own, test_faults_disk.py and test_faults_clock.py;
+with five nodes. Disks, clocks and long ways have files of their own (test_faults_disk.py, …_clock.py, …_delay.py);
 test_faults_swarm.py does everything at once.
 """
 
