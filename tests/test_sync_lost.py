@@ -1,0 +1,85 @@
+"""A snapshot's way between two members whose messages get lost without either of them noticing."""
+
+from __future__ import annotations
+
+import random
+from unittest import mock
+
+import pytest
+
+from ddb.config import Bounds
+from ddb.kv import checksum
+from ddb.messages import Configuration, InstallSnapshot, Member, SnapshotReply
+from ddb.raft import Ready
+from ddb.simdisk import SimDisk
+from ddb.store import Store
+from ddb.sync import Sync
+from tests.test_sync import CHUNK_BYTES, HOME, Receiver
+
+Chunk = InstallSnapshot | SnapshotReply
+
+MEMBERS = (Member("id1", "n1", "10.0.0.1:8050", True), Member("id2", "n2", "10.0.0.2:8050", True))
+
+
+class Pair:
+    """A leader with a snapshot of the entry 50, and a follower that has nothing."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.receiver = Receiver()
+        self.receiver.replica.raft.id = "id2"
+        self.receiver.replica.raft.term = 3
+        self.disk = SimDisk()
+        self.disk.make_directory(HOME)
+        self.store = Store.open(HOME / "state.db", disk=self.disk)
+        for i in range(50):
+            crc = checksum(f"key{i}", b'"v"', i + 1, i + 1, 1)
+            self.store.put(f"key{i}", (b'"v"', i + 1, i + 1, 1, crc), None)
+            self.store.digest = (self.store.digest + crc**2) % 2**64
+        begun = self.store.begin_checkpoint(50, 3, Configuration("c", "bully", MEMBERS))
+        begun.write()
+        self.store.finish_checkpoint(begun)
+        self.replica = mock.MagicMock(diverged=False, is_leader=True)
+        self.replica.machine.applied = 50
+        self.replica.raft.id = "id1"
+        self.replica.raft.term = 3
+        bounds = Bounds(snapshot_chunk_bytes=CHUNK_BYTES)
+        self.sync = Sync(self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), bounds=bounds, disk=self.disk)
+
+    def said(self, replica: mock.MagicMock) -> list[Chunk]:
+        """What a side has sent since it was last asked."""
+        messages = [call.args[0] for call in replica.send.call_args_list]
+        replica.send.reset_mock()
+        return messages
+
+    def run(self, loses: random.Random, share: float) -> None:
+        """Pass messages to and fro, tick by tick, until the leader knows that it is installed. A `share` of them is lost."""
+        self.sync.work(Ready(needs_snapshot=["id2"]), self.now)
+        while not self.replica.raft.snapshot_sent.called and self.now < 50.0:
+            self.now += 0.025
+            self.sync.tick(self.now)
+            self.sync.work(Ready(), self.now)
+            for message in self.said(self.replica):
+                if loses.random() >= share:
+                    self.receiver.sync.work(Ready(chunks=[message]), self.now)
+                    self.receiver.replica.raft.commit = self.receiver.store.meta.applied
+            for reply in self.said(self.receiver.replica):
+                if loses.random() >= share:
+                    self.sync.work(Ready(chunks=[reply]), self.now)
+
+    def close(self) -> None:
+        self.sync.close()
+        self.store.close()
+        self.receiver.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_a_snapshot_arrives_however_many_of_its_messages_get_lost(seed: int, share: float) -> None:
+    pair = Pair()
+    pair.run(random.Random(seed), share)
+    assert pair.receiver.store.meta == pair.store.meta
+    pair.replica.raft.snapshot_sent.assert_called_once_with("id2", 50)
+    pair.replica.raft.snapshot_failed.assert_not_called()
+    assert pair.now < 1.0 or share
+    pair.close()
