@@ -3,10 +3,15 @@
 Laws: a program sees its `SimWorld` and nothing else. Whatever it does to the outside (a change of its disk, something
 sent) is an *effect*; between any two effects, and nowhere else, does it make a difference where a crash falls, so
 crashes are counted in effects. A dead program has no effects: neither its `finally:` blocks nor what it had put down for later.
+
+Theory. A program's threads take turns here, but where what they do matters, they are as far apart as real ones: what a thread
+has done, the loop learns a moment later, and may do other things before; a program that is killed has come some of
+the way with what its threads were at. And a loop that is busy finds several things to do in its next turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 from collections import deque
@@ -29,6 +34,9 @@ PORT: Final = 8050
 WALL_MS: Final = 1_700_000_000_000  # the time of day when a simulation begins
 FSYNC_S: Final = 0.001
 BACKGROUND_S: Final = 0.005
+BUSY_S: Final = 0.002  # at most, while what comes waits for a turn of its own
+SWITCH_S: Final = 0.00005  # from one thread to another
+EFFECTS_CUT_SHORT: Final = 6  # so far, at most, may a thread have come with its work when it is killed
 
 
 class Program(Protocol):
@@ -36,6 +44,13 @@ class Program(Protocol):
 
     def close(self) -> None:
         """End it as a process does that ends by itself. May be called twice."""
+
+
+class Thread(Protocol):
+    """What else than its loop there is of a program."""
+
+    def cut_short(self) -> None:
+        """The program is killed: do what was under way, until its next effect raises Crash."""
 
 
 class Host:
@@ -65,8 +80,10 @@ class Host:
         self.on_turn_done: Callable[[Host], None] = lambda host: None
         self.on_exit: Callable[[Host, str | None], None] = lambda host, why: None
         self.paused = False
+        self.busy = 0.0  # how likely it is that what comes has to wait, and shares a turn with what comes meanwhile
+        self.threads: list[Thread] = []
         self._ghosts: list[Connection] = []
-        self._backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._waiting: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self._posted: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._in_turn = False
         self._loop: SimLoop | None = None
@@ -95,13 +112,26 @@ class Host:
             self.program = self.boot(world)
 
     def happens(self, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
-        """See agenda.Actor: a turn of the loop, or a part of what waits where the program is stopped."""
-        if self.paused:
-            self._backlog.append((fn, args))
-            return
+        """See agenda.Actor: a turn of the loop, or a part of one that comes later."""
+        if self.paused or self._waiting:
+            self._waiting.append((fn, args))
+        elif self.busy and self.rng.random() < self.busy:
+            self._waiting.append((fn, args))
+            self.agenda.after(self.rng.random() * BUSY_S, None, self._catch_up, self.life)
+        else:
+            self._turn([(fn, args)])
+
+    def _catch_up(self, life: int) -> None:
+        """Do all that has waited, in one turn."""
+        if life == self.life and not self.paused and self._waiting:
+            waiting, self._waiting = self._waiting, []
+            self._turn(waiting)
+
+    def _turn(self, events: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
         self._in_turn = True
         try:
-            fn(*args)
+            for fn, args in events:
+                fn(*args)
             self._finish_turn()
         except Crash:
             self.on_exit(self, None)
@@ -164,24 +194,18 @@ class Host:
     def resume(self) -> None:
         """Let it go on."""
         self.paused = False
-        backlog, self._backlog = self._backlog, []
-        for fn, args in backlog:
-            self.agenda.after(0.0, self, fn, *args)
+        self.agenda.after(0.0, None, self._catch_up, self.life)
 
     def die(self, power: bool) -> None:
         """End the program at once. With `power` its host goes down, too: the disk forgets, and nobody says goodbye."""
-        ends = list(self.ends.values())
+        if not self.down:
+            for thread in self.threads:
+                self.crash_in, self.crash_only = self.rng.randrange(EFFECTS_CUT_SHORT), None
+                thread.cut_short()
         self.down = power
-        for end in ends:
-            if power:
-                end.lost = True
-                end.reason = end.reason or "lost"
-            else:
-                self.network.transmit(end, [], True)
-                self.network.orphan(end)
         if power:
-            self._ghosts += ends
-        self._forget()
+            self._ghosts += self.ends.values()
+        self._forget(power)
         if power:
             self.disk.crash(self.rng)
         else:
@@ -199,13 +223,15 @@ class Host:
             return
         except (DdbError, OSError):
             pass
-        self._forget()
+        self._forget(power=False)
         self.disk.restart(self.rng)
         self.on_exit(self, why)
 
-    def _forget(self) -> None:
-        for end in self.ends.values():
-            end.on_close = None
+    def _forget(self, power: bool) -> None:
+        for end in list(self.ends.values()):
+            end.forsake(power)
+        if power:
+            self.network.power_lost(self)
         self.life += 1
         self.program = None
         self._loop = None
@@ -214,8 +240,9 @@ class Host:
         self.paused = False
         self.ends.clear()
         self.dirty.clear()
+        self.threads.clear()
         self._posted.clear()
-        self._backlog.clear()
+        self._waiting.clear()
 
 
 def _nothing() -> None:
@@ -312,7 +339,11 @@ class SimWriter(LogWriter):
         self._host = host
         self._busy = False
         self._failed = False
-        super().__init__(log, host.post, on_saved, on_failure, on_space)
+        host.threads.append(self)
+        super().__init__(log, self._tell, on_saved, on_failure, on_space)
+
+    def _tell(self, fn: Callable[..., None], *args: Any) -> None:
+        self._host.agenda.after(SWITCH_S, self._host, fn, *args)
 
     def start(self) -> None:
         """See LogWriter: there is no thread."""
@@ -334,11 +365,14 @@ class SimWriter(LogWriter):
         host.agenda.after(host.fsync_s * (0.2 + host.rng.random()), host, self._work)
 
     def _work(self) -> None:
-        taken, _ = self.take()
-        self._try(taken)
+        if not self._stopping.is_set():
+            taken, _ = self.take()
+            self._try(taken)
 
     def _try(self, taken: int) -> None:
         host = self._host
+        if self._stopping.is_set():
+            return
         try:
             if not self.sync():
                 host.agenda.after(self._room_retry_s / host.rate, host, self._try, taken)
@@ -356,11 +390,23 @@ class SimWriter(LogWriter):
         """See LogWriter."""
         if not self._stopping.is_set():
             self._stopping.set()
-            if not self._queue.empty():
-                self.take()
-            if not self._full and not self._failed:
-                self.sync()
+            self._finish()
             self._log.close()
+
+    def _finish(self) -> None:
+        """Make what was saved durable, if that can be."""
+        if not self._failed and not self._queue.empty():
+            self.take()
+        if not self._failed and not self._full:
+            try:
+                self.sync()
+            except (DdbError, OSError) as error:
+                self.fail(error)
+
+    def cut_short(self) -> None:
+        """See Thread."""
+        with contextlib.suppress(Crash):
+            self._finish()
 
 
 class SimBackground:
@@ -368,6 +414,7 @@ class SimBackground:
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        host.threads.append(self)
         self._queue: deque[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = deque()
         self._busy = False
         self._closed = False
@@ -387,21 +434,32 @@ class SimBackground:
         if self._closed:
             return
         work, done = self._queue.popleft()
-        result, failure = None, None
+        result, failure = self._do(work)
+        self._host.agenda.after(SWITCH_S, self._host, done, result, failure)
+        self._busy = False
+        if self._queue:
+            self._begin()
+
+    def _do(self, work: Callable[[], Any]) -> tuple[Any, Exception | None]:
         try:
-            result = work()
+            return work(), None
         except InvariantError:
             raise
         except Exception as error:
-            failure = error
-        self._busy = False
-        done(result, failure)
-        if self._queue and not self._busy:
-            self._begin()
+            return None, error
 
     def close(self) -> None:
-        """See Background."""
-        self._closed = True
+        """See Background: what it was given it still does, but nobody is told."""
+        if not self._closed:
+            self._closed = True
+            while self._queue:
+                self._do(self._queue.popleft()[0])
+
+    def cut_short(self) -> None:
+        """See Thread."""
+        if self._queue and not self._closed:
+            with contextlib.suppress(Crash):
+                self._do(self._queue[0][0])
 
 
 class SimWorld:

@@ -438,12 +438,11 @@ class ServedConnection(Connection):
             if out is not None:
                 self._out.append(out if isinstance(out, bytes) else b"".join(out))
 
-    def end(self, reason: str) -> None:
-        """See Connection: nobody is there to answer."""
+    def _over(self, reason: str) -> None:
         for slot in self.slots:
-            slot.out = slot.out or b""
+            slot.out = slot.out or b""  # nobody is there to answer
         self.slots.clear()
-        super().end(reason)
+        super()._over(reason)
 
 
 class Listener:

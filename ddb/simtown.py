@@ -151,6 +151,7 @@ class Town:
         name = f"n{len(self.nodes) + 1}"
         self.nodes.append(name)
         host = self._host(name)
+        host.busy = self.rng.choice([0.0, 0.1, 0.5])
         if self.plan.skew:
             host.rate = 0.97 + 0.06 * self.rng.random()
         host.boot = lambda world: self._boot_node(host, world)
