@@ -62,6 +62,7 @@ _NAMES: Final = {cls: name for name, cls in _KINDS.items()}
 _FIELDS: Final = {
     cls: {f.name: str(f.type) for f in fields(cls) if f.name not in ("src", "dst")} for cls in _KINDS.values()
 }
+_BOOLS: Final = {False: b"false", True: b"true"}
 _ANSWERS: Final = ("leader", "alive", "yield")
 _CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str, "dict[str, Any]": dict}
 
@@ -110,6 +111,14 @@ def encode_message(message: Message) -> bytes:
     """The JSON object that says `message` to a peer."""
     if type(message) is Append:
         return _encode_append(message)
+    if type(message) is AppendReply:  # as frequent as Append; the general way takes four times as long
+        m = message
+        return (
+            b'{"m":"append_reply","term":%d,"ok":%b,"match":%d,"round":%d,'
+            b'"rejected":%d,"hint_index":%d,"hint_term":%d,"doubt":%b}'
+        ) % (
+            m.term, _BOOLS[m.ok], m.match, m.round, m.rejected, m.hint_index, m.hint_term, _BOOLS[m.doubt]
+        )  # fmt: skip
     if type(message) is Forward:
         return b'{"m":"forward","ticket":%d,%b}' % (message.ticket, _sized(b"entries", message.entries))
     if type(message) is ForwardReply:
@@ -132,6 +141,8 @@ def decode_message(payload: bytes, src: str, dst: str) -> Message:
         kind = value.get("m")
         if kind == "append":
             return _decode_append(value, payload, src, dst)
+        if kind == "append_reply":
+            return _decode_append_reply(value, src, dst)
         if kind == "forwarded":
             return ForwardReply(src, dst, _whole(value["ticket"]), _cut(payload, value["sizes"], value["replies"]))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -194,6 +205,16 @@ def _decode_append(value: dict[str, Any], payload: bytes, src: str, dst: str) ->
     digest = (_whole(value["digest"][0]), _whole(value["digest"][1])) if "digest" in value else None
     prev = (_whole(prev_index), _whole(prev_term))
     return Append(src, dst, term, *prev, commit, round_, batches, digest, value.get("confirmed") is True)
+
+
+def _decode_append_reply(value: dict[str, Any], src: str, dst: str) -> AppendReply:
+    ok, doubt = value["ok"], value["doubt"]
+    if type(ok) is not bool or type(doubt) is not bool:
+        raise ValueError("it says neither yes nor no")
+    return AppendReply(
+        src, dst, _whole(value["term"]), ok, _whole(value["match"]), _whole(value["round"]),
+        _whole(value["rejected"]), _whole(value["hint_index"]), _whole(value["hint_term"]), doubt,
+    )  # fmt: skip
 
 
 def _sized(name: bytes, texts: Sequence[bytes]) -> bytes:

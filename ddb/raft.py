@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from ddb import codec
 from ddb.config import Bounds, Timing
@@ -80,6 +81,10 @@ class Ready:
     reads: list[tuple[int, int]] = field(default_factory=list)
     needs_snapshot: list[str] = field(default_factory=list)
     chunks: list[InstallSnapshot | SnapshotReply] = field(default_factory=list)
+
+
+NOTHING: Final = Ready()
+"""What most ticks come to. Nobody puts anything into it."""
 
 
 class Raft:
@@ -380,10 +385,12 @@ class Raft:
             self._step_down()
 
     def ready(self, now: float) -> Ready:
-        """What is to be done because of all inputs since the last call."""
+        """What is to be done because of all inputs since the last call; NOTHING where that is nothing."""
         if self._leadership is not None:
             self._leadership.send_appends(now)
         out = self._out
+        if self._is_idle(out):
+            return NOTHING
         self._out = Ready()
         if self._ack is not None:
             out.after_save.append(self._ack)
@@ -395,6 +402,14 @@ class Raft:
             out.committed = self.log.span(self._emitted, self.commit)
             self._emitted = self.commit
         return out
+
+    def _is_idle(self, out: Ready) -> bool:
+        state = self._handed_out
+        return not (
+            out.messages or out.after_save or out.batches or self._ack or out.reads or self.commit > self._emitted
+            or state.term != self.term or state.vote != self.vote or state.doubt != self.doubt
+            or out.chunks or out.needs_snapshot or out.reset
+        )  # fmt: skip
 
     # --- terms and elections ------------------------------------------------------------------------------------
 

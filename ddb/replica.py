@@ -43,7 +43,7 @@ from ddb.messages import (
     RaftMessage,
     Role,
 )
-from ddb.raft import Raft, Ready
+from ddb.raft import NOTHING, Raft, Ready
 
 log = logging.getLogger(__name__)
 
@@ -330,6 +330,15 @@ class Replica:
         if self._reads:
             self._ask_for_reads(now)
         ready = self.raft.ready(now)
+        if ready is not NOTHING:
+            self._work_off(ready, now)
+        if self._reads_applying or (self._reads_deferred and self._deferred_due):
+            self._answer_reads()
+        if self.snapshots is not None:
+            self.snapshots.work(ready, now)
+
+    def _work_off(self, ready: Ready, now: float) -> None:
+        """Save, send, apply; who may be answered is noted."""
         for message in ready.messages:
             self.send(message)
         if ready.batches and ready.messages:
@@ -341,10 +350,6 @@ class Replica:
         for ticket, index in ready.reads:
             if asked := self._reads_asked.pop(ticket, None):
                 self._reads_applying.append((index, asked[1]))
-        if self._reads_applying or (self._reads_deferred and self._deferred_due):
-            self._answer_reads()
-        if self.snapshots is not None:
-            self.snapshots.work(ready, now)
 
     # --- writes -------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         keys=rng.choice([1, 3, 6]),
         pace_s=rng.choice([0.3, 0.6, 1.2]),
         expect=nodes if rng.random() < 0.5 else 1,
-        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.1]), heartbeat_s=rng.choice([0.1, 0.2])),
+        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.05, 0.1]), heartbeat_s=rng.choice([0.1, 0.2])),
         bounds=replace(
             Bounds(),
             append_bytes_max=rng.choice([60, 200, 1 << 20]),
