@@ -224,6 +224,7 @@ class Rules:
             self._terms[node.id] = max(self._terms[node.id], term)
         if isinstance(m, VoteReply) and m.granted:
             self._vote(seen, term, m.dst, m.doubt)
+            seen.stalled.add(m.dst)  # it is given time to win, once
         elif isinstance(m, VoteRequest):
             self._vote(seen, term, node.id, node.replica.raft.doubt)
             if not m.transfer and node.replica.raft.election.name == "bully":
@@ -238,7 +239,7 @@ class Rules:
             seen.stalled |= seen.alive
             seen.ask, seen.alive = m.ask, set()
         elif isinstance(m, ElectionReply) and m.answer == "yield":
-            seen.stalled.add(m.dst)  # if that one does not win, it was waited for in vain
+            seen.stalled.add(m.dst)  # should that one not win, it was waited for in vain
         elif isinstance(m, Append | InstallSnapshot):
             if self._leaders.get(m.term) != m.src and node.replica.raft.role is not Role.LEADER:
                 self._fail(ONE_LEADER, seen, f"{m!r}: {self._leaders}")
@@ -423,7 +424,8 @@ class Rules:
             differ = set(old.voters) ^ set(new.voters)
             if not (len(differ) <= 1 or not old.voters):
                 self._fail(OVERLAP, seen, f"{old} to {new}")
-            self._notice_change(old, new)
+        if len(raft._configs) > 1:
+            self._notice_change(raft._configs[-2][1], raft._configs[-1][1])
 
     def _notice_change(self, old: Configuration, new: Configuration) -> None:
         before, after = set(old.voters), set(new.voters)

@@ -1,64 +1,81 @@
 """The proof of the proof: known bugs (tests/mutants) are planted one at a time, and each is caught.
 
-Each mutant lives in a forked process of its own, so that nothing of it can leak into another test.
+Each mutant lives in a forked process of its own, so that nothing of it can leak into another test. What caught it is told in
+the table of docs/testing.md, which `python -m tests.mutants` writes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from typing import Final
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
 from tests.mutants import CATALOGUE
 from tests.mutants.claims import check, module_of
+from tests.mutants.forks import Forks
 from tests.mutants.planting import Mutant, Patch, Rotten, mutant, planted
+from tests.mutants.simulated import Found, search, simulate
+from tests.mutants.table import recorded, render, table
 
-PATIENCE_S: Final = 30.0
-ENDLESS: Final = f"it does not end within {PATIENCE_S:g} s"
+SEEDS_MORE = range(1, 31)  # where the code has changed, the bug may be found in other seeds than the table says
 CLAIMED = [bug for bug in CATALOGUE if bug.claim]
 CLAIMS = sorted({bug.claim for bug in CLAIMED})
+FOUND = recorded()
+RUNS = sorted({(found.aim, found.seed) for found in FOUND.values()})
 for _claim in CLAIMS:
     module_of(_claim)  # once, here, rather than in each forked process
 
 
-def forked(work: Callable[[], None]) -> str | None:
-    """Do `work` in a process of its own; returns what came of it: None where it went well, else the error in a line."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(work, sender))
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(PATIENCE_S):
-            return ENDLESS
-        said: str | None = receiver.recv()
-        return said
-    except EOFError:
-        return "the process died"
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
+def work_of(item: pytest.Item) -> tuple[Callable[[], Any], Mutant | None] | None:
+    """What the test `item` has done in a process of its own, and with which mutant."""
+    call: Any = getattr(item, "callspec", None)
+    name, values = getattr(item, "originalname", ""), call.params if call is not None else {}
+    if name == test_a_claim_notices_the_mutant.__name__:
+        return partial(check, values["bug"].claim), values["bug"]
+    if name == test_without_a_mutant_the_claim_holds.__name__:
+        return partial(check, values["claim"]), None
+    if name == test_the_simulator_finds_the_mutant.__name__:
+        return partial(find, FOUND[values["bug"].name]), values["bug"]
+    if name == test_without_a_mutant_the_simulator_finds_nothing.__name__:
+        return partial(simulate, values["aim"], values["seed"]), None
+    return None
 
 
-def _answer(work: Callable[[], None], sender: Connection) -> None:
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    try:
-        work()
-    except BaseException as error:
-        sender.send(f"{type(error).__name__}: {error}"[:1000])
-    else:
-        sender.send(None)
+def find(found: Found) -> str | None:
+    """What the simulator finds now."""
+    return simulate(found.aim, found.seed) or str(search(found.aim, SEEDS_MORE) or "") or None
+
+
+@pytest.fixture(scope="module")
+def forks(request: pytest.FixtureRequest) -> Iterator[Forks]:
+    """The processes of all chosen tests of this file, in the order of these."""
+    made = Forks()
+    for item in request.session.items:
+        if item.path == request.path and (work := work_of(item)) is not None:
+            made.add(item.nodeid, *work)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def outcome(forks: Forks, request: pytest.FixtureRequest) -> Any:
+    """What came of this test's process."""
+    return forks.result(request.node.nodeid)
 
 
 def test_the_catalogue_is_long_and_names_each_bug_once() -> None:
     names = [bug.name for bug in CATALOGUE]
     assert len(set(names)) == len(names) >= 55
+
+
+def test_every_mutant_is_caught_by_something() -> None:
+    assert [bug.name for bug in CATALOGUE if not bug.claim and bug.name not in FOUND] == []
+
+
+def test_the_table_of_the_documentation_is_that_of_the_catalogue() -> None:
+    assert table() == render(FOUND), "python -m tests.mutants writes it anew"
 
 
 @pytest.mark.parametrize("bug", CATALOGUE, ids=str)
@@ -68,16 +85,25 @@ def test_a_mutant_fits_the_code_and_is_taken_out_again(bug: Mutant) -> None:
 
 
 @pytest.mark.parametrize("bug", CLAIMED, ids=str)
-def test_a_claim_catches_the_mutant(bug: Mutant) -> None:
-    with planted(bug):  # the child inherits it
-        said = forked(lambda: check(bug.claim))
-    assert said is not None, f"{bug.claim} does not notice: {bug.wrong}"
-    assert said != ENDLESS
+def test_a_claim_notices_the_mutant(bug: Mutant, outcome: str | None) -> None:
+    assert outcome is not None, f"{bug.claim} does not notice: {bug.wrong}"
+    assert "does not end" not in outcome
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=str)
-def test_without_a_mutant_the_claim_holds(claim: str) -> None:
-    assert forked(lambda: check(claim)) is None
+def test_without_a_mutant_the_claim_holds(claim: str, outcome: str | None) -> None:
+    assert outcome is None
+
+
+@pytest.mark.parametrize("bug", [bug for bug in CATALOGUE if bug.name in FOUND], ids=str)
+def test_the_simulator_finds_the_mutant(bug: Mutant, outcome: str | None) -> None:
+    assert outcome is not None, f"neither {FOUND[bug.name]} nor more seeds notice: {bug.wrong}"
+    assert "does not end" not in outcome
+
+
+@pytest.mark.parametrize(("aim", "seed"), RUNS, ids=str)
+def test_without_a_mutant_the_simulator_finds_nothing(aim: str, seed: int, outcome: str | None) -> None:
+    assert outcome is None
 
 
 # --- planting
