@@ -50,7 +50,7 @@ def swarm(rng: random.Random, until_s: float, kinds: tuple[str, ...] | None) -> 
     pause_s = rng.choice([0.3, 1.0, 3.0])
     at_s = 1.0 + rng.expovariate(1 / pause_s)
     while at_s < until_s:
-        for_s = rng.choice([0.05, 0.5, 2.0, 6.0]) * (0.5 + rng.random())
+        for_s = rng.choice([0.05, 0.5, 2.0, 6.0, 12.0]) * (0.5 + rng.random())
         faults.append(Fault(at_s, rng.choice(known), for_s, rng.random(), rng.random()))
         at_s += rng.expovariate(1 / pause_s)
     return faults

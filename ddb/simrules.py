@@ -120,10 +120,10 @@ class Rules:
         self._leaders: dict[int, str] = {}  # term -> leader
         self._votes: dict[tuple[str, int], str] = {}  # (voter, term) -> candidate, where given without doubt
         self._terms: Counter[str] = Counter()  # id -> the highest term it has told anybody
-        self._batches: dict[tuple[int, int], tuple[bytes, int]] = {}  # (first, term) -> data, the term before it
-        self._holders: dict[tuple[int, int], set[str]] = {}  # (last, term) -> whose disks held it last
+        self.batches: dict[tuple[int, int], tuple[bytes, int]] = {}  # (first, term) -> data, the term before it
+        self.holders: dict[tuple[int, int], set[str]] = {}  # (last, term) -> whose disks held it last
         self._cluster: str | None = None
-        self._seen: dict[str, _Seen] = {}  # by host
+        self.seen: dict[str, _Seen] = {}  # by host
 
     # -- a life begins
 
@@ -131,7 +131,7 @@ class Rules:
         """Watch the program that has just begun on `host`."""
         replica, raft, journal = node.replica, node.replica.raft, node.journal
         seen = _Seen(host.name, node, raft.term, raft.commit, replica.machine.applied, raft.role)
-        self._seen[host.name] = seen
+        self.seen[host.name] = seen
         if not raft.doubt:
             if raft.term < self._terms[node.id]:
                 self._fail(TERM_BACK, seen, f"{self._terms[node.id]} was told: {raft}")
@@ -139,7 +139,7 @@ class Rules:
             self.met("in doubt")
         if journal.tail_cut:
             self.met("torn tail cut")
-        for holders in self._holders.values():
+        for holders in self.holders.values():
             holders.discard(node.id)
         for batch in raft.log.batches():
             self._hold(node.id, batch)
@@ -302,7 +302,7 @@ class Rules:
             before = log.term_at(batch.first - 1)
             if before is None or log.term_at(batch.last) != batch.term:
                 continue
-            known = self._batches.setdefault((batch.first, batch.term), (batch.data, before))
+            known = self.batches.setdefault((batch.first, batch.term), (batch.data, before))
             if known != (batch.data, before):
                 self._fail(LOG_MATCHING, seen, f"{batch!r} after {before}: {known}")
 
@@ -315,7 +315,7 @@ class Rules:
                     self._hold(seen.node.id, batch)
 
     def _hold(self, id: str, batch: Batch) -> None:
-        self._holders.setdefault((batch.last, batch.term), set()).add(id)
+        self.holders.setdefault((batch.last, batch.term), set()).add(id)
 
     def _applied(self, seen: _Seen, batch: Batch, machine: Machine) -> None:
         data = batch.data or seen.node.journal.read(batch.first)
@@ -342,7 +342,7 @@ class Rules:
 
     def look(self, host: Host) -> None:
         """Whatever can be seen from outside after a step of the program on `host`."""
-        seen = self._seen[host.name]
+        seen = self.seen[host.name]
         raft = seen.node.replica.raft
         if raft.term != seen.term:
             if raft.term < seen.term:
@@ -408,7 +408,7 @@ class Rules:
         last = raft.log.batch_at(raft.commit)
         if last.term != raft.term:
             self._fail(OWN_TERM, seen, f"{raft} commits {last!r}")
-        held, voters = self._holders.get((last.last, last.term), set()), raft.config.voters
+        held, voters = self.holders.get((last.last, last.term), set()), raft.config.voters
         enough = 2 * len(held.intersection(voters)) > len(voters)
         if not enough:
             self._fail(MAJORITY, seen, f"{raft}: {last!r} is held by {sorted(held)} of {voters}")

@@ -24,6 +24,7 @@ from ddb.registry import MemoryFile, Registry
 from ddb.roster import Roster
 from ddb.server import Limits
 from ddb.simclients import Caller, Client
+from ddb.simduties import Duties
 from ddb.simhost import PORT, Host, SimWorld
 from ddb.simnet import Network
 from ddb.simrules import Rules, Violation
@@ -120,6 +121,7 @@ class Town:
         self.agenda = agenda
         self.network = Network(self.agenda, random.Random(rng.getrandbits(64)), met)
         self.rules = Rules(met, note)
+        self.duties = Duties(self.rules)
         self.hosts: dict[str, Host] = {}
         self.nodes: list[str] = []
         self.clients: list[Client] = []
@@ -178,11 +180,13 @@ class Town:
         node = Node(settings, world)
         self._repairs.discard(host.name)
         self.rules.attach(host, node)
+        self.duties.attach(host, node)
         if self.note is not None:
             self.note(f"{host.name} has started: {node!r}")
         return node
 
     def _turn_done(self, host: Host) -> None:
+        self.duties.look(host)
         self.rules.look(host)
 
     def node(self, name: str) -> Node | None:

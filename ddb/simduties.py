@@ -1,0 +1,321 @@
+"""What a member owes to the others at each step, though nothing need be lost yet when it fails to do so.
+
+Laws: as simrules.py's.
+
+Theory. The rules of simrules.py are about the cluster: a leader too many, an entry that differs. A bug breaks them only
+after a chain of accidents. The duties here are each member's own, and are broken in the step in which the chain begins: to
+count as durable what is on the disk, to be in doubt where it is not, to let nobody stand beside a leader that is
+heard. So a bug that is one crash and one lost message away from harm is seen without them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from ddb.kv import Machine
+from ddb.messages import (
+    AppendReply,
+    Configuration,
+    ElectionReply,
+    ElectionRequest,
+    Message,
+    Role,
+    SnapshotReply,
+    TimeoutNow,
+    VoteRequest,
+)
+from ddb.node import Node
+from ddb.raft import Raft
+from ddb.simhost import Host
+from ddb.simrules import Rules, Violation
+
+NOT_BESIDE: Final = "who hears a leader lets nobody stand, and follows no candidate (dissertation §4.2.3, §9.6)"
+ASKED_FIRST: Final = "a term is raised by who could win: a majority has let it stand (dissertation §9.6)"
+FOLLOWED: Final = "a leader that no majority answers steps down (dissertation §6.2)"
+ACK_EQUAL: Final = "what is acknowledged is on disk, and is the leader's (Raft §5.3)"
+ACK_KEPT: Final = "what is acknowledged to a leader stays while it leads (Raft §5.3)"
+KEPT: Final = "what was durable is there after a crash, or the member is in doubt (Raft figure 2)"
+DURABLE: Final = "what counts as durable is on this disk (Raft figure 2)"
+CONFIG_AS_OF: Final = "a snapshot has the configuration as of its last entry (Raft §7)"
+FITS: Final = "the log that stays behind a snapshot fits it (Raft §7)"
+NOT_BACK: Final = "a snapshot never takes a right state back (Raft §7)"
+GONE: Final = "who was removed is a member no more"
+HANDED_TO: Final = "leadership is handed to a voter that has the whole log (dissertation §3.10)"
+HANDED_WHOLE: Final = "who hands over takes no more writes (dissertation §3.10)"
+DOUBTED: Final = "who is in doubt commits nothing (raft.py)"
+DOUBT_ENDS: Final = "a doubt ends when all is there that was committed when it began (raft.py)"
+FOLLOWED_LENIENCE_S: Final = 1.0  # beside two time-outs
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a program looked like at its last step, and what it was told."""
+
+    host: str
+    node: Node
+    term: int
+    role: Role
+    durable: int
+    doubt: bool
+    doubt_since: int  # what was committed when the doubt began
+    config_index: int = -1
+    ask: int = -1
+    answers: set[str] = field(default_factory=set)  # who answered the latest ElectionRequest, and knew of no leader
+    asked_beside: set[tuple[str, int]] = field(
+        default_factory=set
+    )  # ElectionRequests that came while a leader was heard
+    told_term: int = 0  # the highest that it was told of
+    told_to_stand: bool = False
+    heard: dict[str, float] = field(default_factory=dict)  # member -> when it last answered this leader
+    acked: int = 0  # what it acknowledged in this term
+    transferring: int | None = None  # where a leader's log ended when it began to hand over
+    commit: int = 0
+    unanimous: bool = False  # whether only unanimity can have elected it
+
+
+class Duties:
+    """Each member's duties. `rules` knows what is committed, and on whose disks."""
+
+    def __init__(self, rules: Rules) -> None:
+        self._rules = rules
+        self._seen: dict[str, _Seen] = {}  # by host
+        self._ends: dict[str, tuple[int, int]] = {}  # id -> (index, term) where its durable log ended
+        self._cutting: dict[str, bool] = {}  # id -> whether a save is under way that may cut that off
+        self._sure: dict[tuple[str, int], int] = {}  # (id, term) -> acknowledged without doubt
+        self._configs: list[tuple[int, Configuration]] = []  # as they were applied
+
+    def attach(self, host: Host, node: Node) -> None:
+        """Watch the program that has just begun on `host`, after the rules do."""
+        replica, raft = node.replica, node.replica.raft
+        seen = _Seen(host.name, node, raft.term, raft.role, raft.durable, raft.doubt, self._rules.committed)
+        self._seen[host.name] = seen
+        index, term = self._ends.get(node.id, (0, 0))
+        there = raft.log.term_at(index) == term or raft.log.base_index >= index
+        if not (there or raft.doubt or self._cutting.get(node.id)):
+            self._fail(KEPT, seen, f"{index}@{term} was durable: {raft}")
+        self._ends[node.id] = (raft.log.last_index, raft.log.last_term)
+        self._cutting[node.id] = False
+        self._look_at_base(seen, replica.machine.applied)
+        self._wrap(seen, node)
+
+    def _fail(self, duty: str, seen: _Seen, what: str) -> None:
+        raise Violation(duty, seen.host, what)
+
+    def _wrap(self, seen: _Seen, node: Node) -> None:
+        replica, raft, writer = node.replica, node.replica.raft, node.writer
+        send, step, tick = replica.send, raft.step, raft.tick
+        save, report, restored, apply = writer.save, replica.saved, replica.restored, replica._apply
+
+        def watch_send(message: Message) -> None:
+            self._sending(seen, message)
+            send(message)
+
+        def watch_step(message: Any, now: float) -> None:
+            self._receiving(seen, message, now)
+            beside = type(message) is VoteRequest and not message.transfer and raft.hears_leader(now)
+            term = raft.term
+            step(message, now)
+            if beside and raft.term != term:
+                self._fail(NOT_BESIDE, seen, f"{message!r}: {raft}")
+
+        def watch_tick(now: float) -> None:
+            tick(now)
+            if raft.role is Role.LEADER:
+                self._look_at_quorum(seen, now)
+
+        def watch_save(*args: Any, **options: Any) -> int:
+            batches = args[1] if len(args) > 1 else options.get("batches", ())
+            reset = args[2] if len(args) > 2 else options.get("reset")
+            if reset or (batches and batches[0].first <= self._ends[node.id][0]):
+                self._cutting[node.id] = True
+            ticket = save(*args, **options)
+            self._note_end(seen, ticket if writer.saved >= ticket else None)
+            return ticket
+
+        def watch_saved(ticket: int, now: float) -> None:
+            self._note_end(seen, ticket)
+            report(ticket, now)
+
+        def watch_restored(machine: Machine) -> None:
+            was, mending = replica.machine.applied, replica.diverged
+            restored(machine)
+            if machine.applied < was and not mending:
+                self._fail(NOT_BACK, seen, f"{machine} after {was}")
+            self._look_at_base(seen, machine.applied)
+            self._look_behind(seen)
+
+        def watch_apply(batch: Any) -> None:
+            apply(batch)
+            if batch.config is not None and (not self._configs or self._configs[-1][0] < batch.first):
+                self._configs.append((batch.first, batch.config))
+
+        replica.send = watch_send
+        replica.saved = watch_saved  # type: ignore[method-assign]
+        replica.restored = watch_restored  # type: ignore[method-assign]
+        replica._apply = watch_apply  # type: ignore[method-assign]
+        raft.step = watch_step  # type: ignore[method-assign, assignment]
+        raft.tick = watch_tick  # type: ignore[method-assign]
+        writer.save = watch_save  # type: ignore[method-assign]
+
+    def _note_end(self, seen: _Seen, ticket: int | None) -> None:
+        """All up to `ticket` is durable."""
+        node = seen.node
+        if ticket is not None and ticket >= node.writer._tickets:
+            self._ends[node.id] = node.journal.last
+            self._cutting[node.id] = False
+        elif not self._cutting[node.id]:
+            self._ends[node.id] = node.journal.last
+
+    # -- what goes out and comes in
+
+    def _sending(self, seen: _Seen, m: Message) -> None:
+        kind, raft = type(m), seen.node.replica.raft
+        if kind is AppendReply:
+            if m.ok and m.match and m.term == raft.term:  # type: ignore[union-attr]
+                self._acknowledging(seen, m)  # type: ignore[arg-type]
+        elif kind is ElectionRequest:
+            if m.ask != seen.ask:  # type: ignore[union-attr]
+                seen.ask = m.ask  # type: ignore[union-attr]
+                seen.answers = set()
+        elif kind is ElectionReply:
+            if m.answer == "yield" and (m.dst, m.ask) in seen.asked_beside:  # type: ignore[union-attr]
+                self._fail(NOT_BESIDE, seen, f"{m!r}: {raft}")
+        elif kind is TimeoutNow and raft.transfer_to == m.dst:
+            target = self._raft_of(m.dst)
+            if m.dst not in raft.config.voters:
+                self._fail(HANDED_TO, seen, f"{m!r}: {raft}, {raft.config.voters}")
+            elif target is not None and target.term == m.term and target.durable < raft.log.last_index:  # type: ignore[union-attr]
+                self._fail(HANDED_TO, seen, f"{m!r}: {raft}, {target}")
+
+    def _raft_of(self, id: str) -> Raft | None:
+        return next((seen.node.replica.raft for seen in self._seen.values() if seen.node.id == id), None)
+
+    def _holds(self, id: str, index: int, term: int) -> bool:
+        return id in self._rules.holders.get((index, term), ())
+
+    def _acknowledging(self, seen: _Seen, m: AppendReply) -> None:
+        raft = seen.node.replica.raft
+        seen.acked = max(seen.acked, m.match)
+        if not m.doubt:
+            self._sure[raft.id, m.term] = max(self._sure.get((raft.id, m.term), 0), m.match)
+        term = raft.log.term_at(m.match)
+        if term is None:
+            return
+        leader = self._raft_of(m.dst)
+        if leader is not None and leader.role is Role.LEADER and leader.term == m.term:
+            theirs = leader.log.term_at(m.match)
+            if theirs not in (None, term):
+                self._fail(ACK_EQUAL, seen, f"{m!r} is of term {term}, the leader's of {theirs}")
+        if m.match > raft.log.base_index and not self._holds(raft.id, m.match, term):
+            self._fail(ACK_EQUAL, seen, f"{m!r} of term {term} is not on disk")
+
+    def _receiving(self, seen: _Seen, m: Any, now: float) -> None:
+        kind = type(m)
+        if kind is ElectionRequest:
+            if seen.node.replica.raft.hears_leader(now):
+                seen.asked_beside.add((m.src, m.ask))
+            else:
+                seen.asked_beside.discard((m.src, m.ask))
+            return
+        seen.told_term = max(seen.told_term, m.term)
+        if kind is AppendReply or kind is SnapshotReply:
+            seen.heard[m.src] = now
+        elif kind is ElectionReply:
+            if m.ask == seen.ask and m.answer != "leader":
+                seen.answers.add(m.src)
+        elif kind is TimeoutNow:
+            seen.told_to_stand = True
+
+    # -- after each step
+
+    def look(self, host: Host) -> None:
+        """Whatever can be seen from outside after a step of the program on `host`; before the rules look."""
+        seen = self._seen[host.name]
+        raft = seen.node.replica.raft
+        if raft.term != seen.term:
+            self._look_at_term(seen)
+        if raft.role is not seen.role:
+            seen.role = raft.role
+            seen.heard.clear()
+            seen.transferring = None
+            seen.unanimous = False
+            if raft.role is Role.LEADER:
+                rules = self._rules.seen[host.name]
+                seen.unanimous = all(m.id == raft.id or m.id in rules.votes for m in raft.config.members)
+        if raft.durable != seen.durable:
+            self._look_at_durable(seen)
+        if raft.log.last_index < seen.acked and raft.role is not Role.LEADER:
+            self._fail(ACK_KEPT, seen, f"{raft}, and {seen.acked} was acknowledged")
+        if raft.config_index != seen.config_index:
+            seen.config_index = raft.config_index
+            if gone := {m.id for m in raft.config.members}.intersection(raft.config.removed):
+                self._fail(GONE, seen, f"{raft}: {sorted(gone)}")
+        if raft.role is Role.LEADER:
+            self._look_at_leader(seen)
+        if raft.doubt is not seen.doubt:
+            if raft.doubt:
+                seen.doubt_since = self._rules.committed
+            elif raft.role is not Role.LEADER and raft.log.last_index < seen.doubt_since:
+                self._fail(DOUBT_ENDS, seen, f"{raft}, and {seen.doubt_since} was committed")
+            seen.doubt = raft.doubt
+        seen.commit = raft.commit
+
+    def _look_at_term(self, seen: _Seen) -> None:
+        raft = seen.node.replica.raft
+        if raft.term > max(seen.told_term, 1) and not seen.told_to_stand:
+            voters = raft.config.voters
+            agreed = len((seen.answers | {raft.id}).intersection(voters))
+            if raft.vote != raft.id or 2 * agreed <= len(voters):
+                self._fail(ASKED_FIRST, seen, f"{raft} of {voters}, let stand by {sorted(seen.answers)}")
+        seen.term = raft.term
+        seen.acked = 0
+        seen.told_to_stand = False
+
+    def _look_at_quorum(self, seen: _Seen, now: float) -> None:
+        raft = seen.node.replica.raft
+        oldest = now - 2 * raft.timing.election_timeout_s - FOLLOWED_LENIENCE_S
+        voters = raft.config.voters
+        alive = sum(1 for v in voters if v == raft.id or seen.heard.setdefault(v, now) >= oldest)
+        if 2 * alive <= len(voters):
+            self._fail(FOLLOWED, seen, f"{raft} of {voters} at {now:.3f}, heard {seen.heard}")
+
+    def _look_at_durable(self, seen: _Seen) -> None:
+        raft = seen.node.replica.raft
+        seen.durable = raft.durable
+        if raft.durable > raft.log.base_index:
+            term = raft.log.term_at(raft.durable)
+            if term is None or not self._holds(raft.id, raft.durable, term):
+                self._fail(DURABLE, seen, f"{raft}: {raft.durable}@{term} is not on disk")
+
+    def _look_at_leader(self, seen: _Seen) -> None:
+        raft = seen.node.replica.raft
+        if raft.transfer_to is None:
+            seen.transferring = None
+        elif seen.transferring is None:
+            seen.transferring = raft.log.last_index
+        elif raft.log.last_index != seen.transferring:
+            self._fail(HANDED_WHOLE, seen, f"{raft}, which ended at {seen.transferring}")
+        if raft.commit > seen.commit and not seen.unanimous and raft.commit > raft.log.base_index:
+            voters = raft.config.voters
+            sure = sum(1 for v in voters if self._sure.get((v, raft.term), 0) >= raft.commit)
+            sure += raft.id in voters and not seen.doubt
+            if 2 * sure <= len(voters):
+                self._fail(DOUBTED, seen, f"{raft} of {voters}: {sure} without doubt")
+
+    # -- snapshots
+
+    def _look_at_base(self, seen: _Seen, applied: int) -> None:
+        raft = seen.node.replica.raft
+        known = next((c for at, c in reversed(self._configs) if at <= applied), None)
+        if known is not None and applied and raft.config_at(applied) != known:
+            self._fail(CONFIG_AS_OF, seen, f"as of {applied}: {raft.config_at(applied)}, and it was {known}")
+
+    def _look_behind(self, seen: _Seen) -> None:
+        log = seen.node.replica.raft.log
+        before = log.base_term
+        for batch in log.batches():
+            known = self._rules.batches.get((batch.first, batch.term))
+            if known is not None and known[1] != before:
+                self._fail(FITS, seen, f"{batch!r} after one of term {before}, elsewhere of {known[1]}")
+            before = batch.term
