@@ -32,7 +32,7 @@ _CHAT: Final = tuple(
     b'{"m":"%b"' % kind
     for kind in (
         b"append", b"append_reply", b"vote", b"vote_reply", b"election", b"election_reply",
-        b"timeout_now", b"read", b"read_reply",
+        b"timeout_now", b"read", b"read_reply", b"install", b"install_reply", b"install_request",
     )
 )  # fmt: skip
 
