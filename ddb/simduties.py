@@ -180,8 +180,7 @@ class Duties:
                 seen.answers = set()
         elif kind is ElectionReply:
             # (One of an older term has waited for the disk: it was right when it was said.)
-            now_true = m.term == seen.node.replica.raft.term
-            if m.answer == "yield" and now_true and (m.dst, m.ask) in seen.asked_beside:  # type: ignore[union-attr]
+            if m.term == raft.term and m.answer == "yield" and (m.dst, m.ask) in seen.asked_beside:  # type: ignore[union-attr]
                 self._fail(NOT_BESIDE, seen, f"{m!r}: {raft}")
         elif kind is TimeoutNow and raft.transfer_to == m.dst:
             target = self._raft_of(m.dst)
