@@ -6,7 +6,7 @@ comes with its rule, its seed, its step, the events before it, and the command t
 
 from __future__ import annotations
 
-import contextlib
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ from ddb.simfaults import KINDS
 EVENTS_SHOWN: Final = 20
 EVENT_CHARACTERS_MAX: Final = 300
 STORIES_MAX: Final = 3
+BLOCK_SEEDS: Final = 32  # for each process at a time
 FAULT: Final = "fault: "
 
 __all__ = ["Options", "Tally", "fault_kinds", "many", "one", "positions", "story"]
@@ -78,36 +79,43 @@ class Tally:
 
 
 def many(options: Options, count: int, jobs: int, say: Say, watch: Say) -> Tally:
-    """Run `count` seeds from that of `options` on, in `jobs` processes, and say what came of them; `watch` is told how
-    far it is."""
+    """Run `count` seeds from that of `options` on, in `jobs` processes, and say what came of them, also of some where
+    Ctrl-C ends it (KeyboardInterrupt); `watch` is told how far it is."""
     tally = Tally()
-    tasks = [replace(options, seed=seed) for seed in range(options.seed, options.seed + count)]
-    with contextlib.ExitStack() as stack:
-        if jobs == 1:
-            results: Iterator[tuple[Result, float]] = map(_timed, tasks)
-        else:
-            pool = stack.enter_context(ProcessPoolExecutor(jobs))
-            results = pool.map(_timed, tasks, chunksize=4)
-        for number, (result, took_s) in enumerate(results, 1):
+    try:
+        for result, took_s in _results(options, count, jobs):
             tally.add(result, took_s)
-            watch(_progress(number, count, tally))
-    for line in tally.lines():
-        say(line)
-    for failure in tally.failures[:STORIES_MAX]:
-        for line in story(failure):
+            found = f", {len(tally.failures)} with a violation" if tally.failures else ""
+            watch(f"{tally.runs} of {count} seeds, {tally.simulated_s / 3600:.1f} simulated hours{found}")
+    finally:
+        for line in tally.lines():
             say(line)
+        for failure in tally.failures[:STORIES_MAX]:
+            for line in story(failure):
+                say(line)
     return tally
+
+
+def _results(options: Options, count: int, jobs: int) -> Iterator[tuple[Result, float]]:
+    """The runs of all seeds, each with the seconds it took, a few at a time: a million of them need no memory."""
+    if jobs == 1:
+        for number in range(count):
+            yield _timed(replace(options, seed=options.seed + number))
+        return
+    with ProcessPoolExecutor(jobs, initializer=_leave_interrupts_to_the_parent) as pool:
+        for begin in range(0, count, jobs * BLOCK_SEEDS):
+            seeds = range(options.seed + begin, options.seed + min(count, begin + jobs * BLOCK_SEEDS))
+            yield from pool.map(_timed, [replace(options, seed=seed) for seed in seeds], chunksize=4)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _timed(options: Options) -> tuple[Result, float]:
     began = time.process_time()
     result = run(options)
     return result, time.process_time() - began
-
-
-def _progress(number: int, count: int, tally: Tally) -> str:
-    found = f", {len(tally.failures)} with a violation" if tally.failures else ""
-    return f"{number} of {count} seeds, {tally.simulated_s / 3600:.1f} simulated hours{found}"
 
 
 def story(result: Result) -> Iterator[str]:
