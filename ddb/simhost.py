@@ -200,8 +200,10 @@ class Host:
         """End the program at once. With `power` its host goes down, too: the disk forgets, and nobody says goodbye."""
         if not self.down:
             for thread in self.threads:
-                self.crash_in, self.crash_only = self.rng.randrange(EFFECTS_CUT_SHORT), None
-                thread.cut_short()
+                effects = self.rng.randrange(EFFECTS_CUT_SHORT + 1)
+                if effects:  # the last of which is not done, or not wholly
+                    self.crash_in, self.crash_only = effects - 1, None
+                    thread.cut_short()
         self.down = power
         if power:
             self._ghosts += self.ends.values()
