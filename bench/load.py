@@ -5,119 +5,78 @@
 Laws:
 
 1. The generator is never what is measured. Requests are encoded beforehand but for the key's digits, replies are cut
-   and, but for failures, not decoded; `load cpu` in the result says how much of a core it took: near 100 % it is the
-   bottleneck, and `--processes` divides it up.
-2. Every reply is checked: what does not say `"ok":true` is an error, counted under its code, and not
+   and, but for failures, not decoded; `load cpu` in the result says how much of a core it took: near 100 % a process it is
+   the bottleneck, it says so, and `--processes` divides it up.
+2. Every reply is checked: what does not say that it succeeded is an error, counted under its code, and not
    among the operations or the latencies.
 3. The clock of a request begins when it is handed to the kernel and ends when its reply has been cut; with
    `--pipeline` it waits for those before it, as it would for a real client.
+4. All databases are measured by this same loop; only the bytes differ (dialect.py).
 
 Theory. "Closed loop" means that a slow server is asked less often, so a latency here is that of a request sent when
 there was one slot free, not of a user who arrives no matter what (Schroeder, Wierman and Harchol-Balter, "Open Versus
 Closed: A Cautionary Tale", NSDI 2006). It is what etcd's and ZooKeeper's own benchmarks do, so figures compare.
+
+Keys are drawn uniformly, or as YCSB does (Cooper et al., SoCC 2010): the n-th most popular of them with a
+probability in proportion to 1/n^0.99, and the popular ones spread over the whole range.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import random
-import selectors
+import select
 import socket
-import string
-import sys
 import time
-from array import array
-from collections import Counter, deque
+from bisect import bisect
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from itertools import accumulate
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-OPS = ("put", "get", "mixed")
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "p99.9": 0.999}
+from bench import dialect
+from bench.dialect import Dialect
+from bench.plan import Plan, Result
+from bench.servers import own_memory_bytes
+
 FILL_CLIENTS = 8
-FILL_PIPELINE = 64
+FILL_KEYS_UNDERWAY = 512
 CONNECT_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 5.0
+LOOK_S = 0.1
 RECEIVE_BYTES = 1 << 18
+ZIPF_EXPONENT = 0.99
+PRIME = 2_147_483_647
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What to do. `mixed` is half puts, half gets; `read` is what a get asks for."""
-
-    servers: tuple[str, ...]
-    clients: int = 64
-    op: str = "put"
-    value_bytes: int = 256
-    seconds: float = 5.0
-    warm_up_s: float = 1.0
-    pipeline: int = 1
-    keys: int = 10_000
-    read: str = "linearizable"
-    processes: int = 1
-    fill: bool = True
-    seed: int = 1
-
-
-@dataclass(slots=True)
-class Result:
-    """What happened in the measured seconds: a latency for each operation that succeeded."""
-
-    seconds: float
-    latencies_s: array[float] = field(default_factory=lambda: array("d"))
-    errors: Counter[str] = field(default_factory=Counter)
-    cpu_s: float = 0.0
-
-    def add(self, other: Result) -> None:
-        """Take what another process measured in the same seconds into this."""
-        self.latencies_s.extend(other.latencies_s)
-        self.errors.update(other.errors)
-        self.cpu_s += other.cpu_s
-
-    def summary(self) -> dict[str, Any]:
-        """The figures: operations a second, latencies in milliseconds, errors by code, share of a core used."""
-        ordered = sorted(self.latencies_s)
-        figures: dict[str, Any] = {"ops": len(ordered), "ops_per_s": round(len(ordered) / self.seconds, 1)}
-        for name, quantile in QUANTILES.items():
-            figures[f"{name}_ms"] = round(1000 * ordered[int(quantile * len(ordered))], 3) if ordered else None
-        figures["max_ms"] = round(1000 * ordered[-1], 3) if ordered else None
-        figures["errors"] = dict(self.errors)
-        figures["load_cpu_percent"] = round(100 * self.cpu_s / self.seconds, 1)
-        return figures
+Next = Callable[[Dialect], "bytes | None"]
 
 
 # ------------------------------------------------------------ requests
 
 
-def frame(payload: bytes) -> bytes:
-    """`payload` as one frame."""
-    return b"%d\n%b\n" % (len(payload), payload)
+def numbers(plan: Plan, draw: Callable[[], float]) -> Callable[[], int]:
+    """A function that draws the next key's number."""
+    keys = plan.keys
+    if plan.distribution == "uniform":
+        return lambda: int(draw() * keys)
+    weights = list(accumulate(1 / rank**ZIPF_EXPONENT for rank in range(1, keys + 1)))
+    total = weights[-1]
+    return lambda: min(bisect(weights, draw() * total), keys - 1) * PRIME % keys
 
 
-def template(plan: Plan, op: str) -> bytes:
-    """The frame of one request, with %07d where the key's number goes: all are of one length."""
-    key = b'"key":"k%07d"'
-    if op == "get":
-        read = b',"read":"stale"' if plan.read == "stale" else b""
-        body = b'{"op":"get",' + key + read + b"}"
-    else:
-        letters = random.Random(plan.seed).choices(string.ascii_letters + string.digits, k=plan.value_bytes)
-        body = b'{"op":"put",' + key + b',"value":"' + "".join(letters).encode() + b'"}'
-    return b"%d\n" % len(body % 0) + body + b"\n"
-
-
-def requests(plan: Plan, seed: int) -> Callable[[], bytes]:
-    """A function that makes the next request, its key drawn at random."""
-    put, get = template(plan, "put"), template(plan, "get")
-    draw, keys = random.Random(seed).random, plan.keys
+def requests(plan: Plan, seed: int) -> Callable[[Dialect], bytes]:
+    """A function that makes the next request for a connection, its key drawn by lot."""
+    draw = random.Random(seed).random
+    number = numbers(plan, draw)
     if plan.op == "put":
-        return lambda: put % int(draw() * keys)
+        return lambda d: d.put(number())
     if plan.op == "get":
-        return lambda: get % int(draw() * keys)
-    return lambda: (put if draw() < 0.5 else get) % int(draw() * keys)
+        return lambda d: d.get(number())
+    if plan.op == "batch":
+        count, most = plan.batch_keys, max(1, plan.keys - plan.batch_keys + 1)
+        return lambda d: d.fill(int(draw() * most), count)
+    return lambda d: d.put(number()) if draw() < 0.5 else d.get(number())
 
 
 # ----------------------------------------------------------- connections
@@ -126,27 +85,29 @@ def requests(plan: Plan, seed: int) -> Callable[[], bytes]:
 class Client:
     """One connection with up to `pipeline` requests on their way. `servers` are tried in turn when it breaks."""
 
-    def __init__(self, servers: tuple[str, ...], position: int, result: Result) -> None:
-        self.servers = servers
+    def __init__(self, plan: Plan, position: int, result: Result) -> None:
+        self.plan = plan
         self.position = position
         self.result = result
         self.sent_at: deque[float] = deque()
-        self.unsent = b""
-        self.rest = b""
-        self.socket = self._connect()
+        self._connect()
 
-    def _connect(self) -> socket.socket:
-        for attempt in range(len(self.servers)):
-            host, _, port = self.servers[(self.position + attempt) % len(self.servers)].rpartition(":")
+    def _connect(self) -> None:
+        servers, failure = self.plan.servers, OSError("no server")
+        for attempt in range(len(servers)):
+            host, _, port = servers[(self.position + attempt) % len(servers)].rpartition(":")
             try:
-                connection = socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S)
+                self.socket = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S)
+                self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.dialect = dialect.new(self.plan)
+                self.dialect.greet(self.socket)
             except OSError as error:
                 failure = error
                 continue
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection.setblocking(False)
+            self.socket.setblocking(False)
             self.position += attempt
-            return connection
+            self.unsent = self.rest = b""
+            return
         raise failure
 
     def reconnect(self) -> None:
@@ -154,14 +115,18 @@ class Client:
         self.result.errors["connection_lost"] += len(self.sent_at)
         self.socket.close()
         self.sent_at.clear()
-        self.unsent = self.rest = b""
         self.position += 1
-        self.socket = self._connect()
+        self._connect()
 
     def send(self, data: bytes, count: int) -> None:
         """Send `count` requests, `data`; what the kernel does not take waits in `unsent`."""
-        self.sent_at.extend([time.perf_counter()] * count)
-        data = self.unsent + data
+        now = time.perf_counter()
+        if count == 1:
+            self.sent_at.append(now)
+        else:
+            self.sent_at.extend([now] * count)
+        if self.unsent:
+            data = self.unsent + data
         try:
             self.unsent = data[self.socket.send(data) :]
         except BlockingIOError:
@@ -172,90 +137,126 @@ class Client:
         data = self.socket.recv(RECEIVE_BYTES)
         if not data:
             raise ConnectionError("the server hung up")
-        if self.rest:
-            data = self.rest + data
-        start = count = 0
+        found, self.rest = self.dialect.outcomes(self.rest + data if self.rest else data)
         now = time.perf_counter()
         latencies, sent_at = self.result.latencies_s, self.sent_at
-        while (line_feed := data.find(b"\n", start)) >= 0:
-            end = line_feed + int(data[start:line_feed]) + 2
-            if end > len(data):
-                break
+        for failure in found:
             began = sent_at.popleft()
-            if data.startswith(b'{"ok":true', line_feed + 1) or not (code := failure(data[line_feed + 1 : end])):
-                latencies.append(now - began)
+            if failure:
+                self.result.errors[failure] += 1
             else:
-                self.result.errors[code] += 1
-            start, count = end, count + 1
-        self.rest = data[start:]
-        return count
+                latencies.append(now - began)
+        return len(found)
+
+    def close(self) -> None:
+        """Take leave and close the connection."""
+        try:
+            self.socket.send(self.dialect.farewell)
+        except OSError:
+            pass  # it is closed all the same
+        self.socket.close()
 
 
-def failure(reply: bytes) -> str:
-    """The code in a reply that is a failure; empty for one that is none."""
-    try:
-        value = json.loads(reply)
-        return "" if value["ok"] is True else str(value["error"])
-    except (ValueError, LookupError, TypeError):
-        return "unreadable_reply"
+class Poller:
+    """The kernel's own epoll or poll, for `selectors` makes an object of each event, which costs as much as a request."""
+
+    READ, WRITE = select.POLLIN, select.POLLOUT  # epoll's are the same
+
+    def __init__(self) -> None:
+        epoll = getattr(select, "epoll", None)
+        self._poll = epoll() if epoll else select.poll()
+        self._timeout = LOOK_S if epoll else LOOK_S * 1000
+        self._epoll = epoll is not None
+
+    def watch(self, sock: socket.socket, writing: bool = False) -> None:
+        """Look for what can be read on `sock`, and for room to write there; the first time and again."""
+        mask = self.READ | (self.WRITE if writing else 0)
+        try:
+            self._poll.modify(sock.fileno(), mask)
+        except OSError:  # not known yet
+            self._poll.register(sock.fileno(), mask)
+
+    def forget(self, sock: socket.socket) -> None:
+        """Look at `sock` no more."""
+        self._poll.unregister(sock.fileno())
+
+    def wait(self) -> list[tuple[int, int]]:
+        """What can be done: descriptors, and how."""
+        return self._poll.poll(self._timeout)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self._epoll:
+            self._poll.close()  # type: ignore[union-attr]
 
 
 class Loop:
     """Several clients in one thread."""
 
     def __init__(self, plan: Plan, clients: int, first: int, result: Result) -> None:
-        self.clients = [Client(plan.servers, first + i, result) for i in range(clients)]
-        self.selector = selectors.DefaultSelector()
-        self.result = result
-        for client in self.clients:
-            self._watch(client)
+        self.clients: dict[int, Client] = {}
+        self.poller = Poller()
+        try:
+            for i in range(clients):
+                self._take_in(Client(plan, first + i, result))
+        except OSError:
+            self.close()
+            raise
 
-    def _watch(self, client: Client) -> None:
-        self.selector.register(client.socket, selectors.EVENT_READ, client)
+    def _take_in(self, client: Client) -> None:
+        self.clients[client.socket.fileno()] = client
+        self.poller.watch(client.socket)
 
-    def run(self, next_request: Callable[[], bytes | None], pipeline: int, stop: Callable[[], bool]) -> None:
+    def run(self, next_request: Next, pipeline: int, stop: Callable[[], bool]) -> None:
         """Keep `pipeline` requests of each client on their way until `stop()` or no next request, then await the rest."""
-        for client in self.clients:
+        for client in self.clients.values():
             self._send(client, next_request, pipeline)
-        while not stop() and any(client.sent_at for client in self.clients):
-            self._turn(next_request, 0.1)
+        while not stop() and self._waits():
+            self._turn(next_request)
         deadline = time.perf_counter() + DRAIN_TIMEOUT_S
-        while any(client.sent_at for client in self.clients) and time.perf_counter() < deadline:
-            self._turn(lambda: None, 0.1)
+        while self._waits() and time.perf_counter() < deadline:
+            self._turn(lambda _: None)
 
-    def _turn(self, next_request: Callable[[], bytes | None], timeout_s: float) -> None:
-        for key, events in self.selector.select(timeout_s):
-            client: Client = key.data
+    def _waits(self) -> bool:
+        return any(client.sent_at for client in self.clients.values())
+
+    def _turn(self, next_request: Next) -> None:
+        clients = self.clients
+        for descriptor, events in self.poller.wait():
+            client = clients[descriptor]
             try:
-                if events & selectors.EVENT_WRITE:
+                if events & Poller.WRITE:
                     client.send(b"", 0)
                     if not client.unsent:
-                        self.selector.modify(client.socket, selectors.EVENT_READ, client)
-                if events & selectors.EVENT_READ:
+                        self.poller.watch(client.socket)
+                if events & ~Poller.WRITE:
                     self._send(client, next_request, client.receive())
+            except BlockingIOError:
+                continue
             except OSError:
                 self._replace(client, next_request)
 
-    def _send(self, client: Client, next_request: Callable[[], bytes | None], count: int) -> None:
-        batch = [request for _ in range(count) if (request := next_request()) is not None]
+    def _send(self, client: Client, next_request: Next, count: int) -> None:
+        batch = [request for _ in range(count) if (request := next_request(client.dialect)) is not None]
         if not batch:
             return
         client.send(b"".join(batch), len(batch))
         if client.unsent:
-            self.selector.modify(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, client)
+            self.poller.watch(client.socket, writing=True)
 
-    def _replace(self, client: Client, next_request: Callable[[], bytes | None]) -> None:
+    def _replace(self, client: Client, next_request: Next) -> None:
         outstanding = len(client.sent_at)
-        self.selector.unregister(client.socket)
+        self.poller.forget(client.socket)
+        del self.clients[client.socket.fileno()]
         client.reconnect()
-        self._watch(client)
+        self._take_in(client)
         self._send(client, next_request, outstanding)
 
     def close(self) -> None:
         """Close every connection."""
-        self.selector.close()
-        for client in self.clients:
-            client.socket.close()
+        self.poller.close()
+        for client in self.clients.values():
+            client.close()
 
 
 # ------------------------------------------------------------- processes
@@ -263,19 +264,21 @@ class Loop:
 
 def fill(plan: Plan) -> None:
     """Put every key once. Raises OSError, or RuntimeError where a put fails."""
-    put, result = template(plan, "put"), Result(1.0)
-    numbers: Iterator[int] = iter(range(plan.keys))
-
-    def following() -> bytes | None:
-        number = next(numbers, None)
-        return None if number is None else put % number
-
+    result, done = Result(1.0), 0
     loop = Loop(plan, FILL_CLIENTS, 0, result)
+    size = next(iter(loop.clients.values())).dialect.fill_keys_max
+    starts: Iterator[int] = iter(range(0, plan.keys, size))
+
+    def following(d: Dialect) -> bytes | None:
+        start = next(starts, None)
+        return None if start is None else d.fill(start, min(size, plan.keys - start))
+
     try:
-        loop.run(following, FILL_PIPELINE, lambda: False)
+        loop.run(following, max(1, FILL_KEYS_UNDERWAY // size), lambda: False)
+        done = len(result.latencies_s)
     finally:
         loop.close()
-    if result.errors or len(result.latencies_s) != plan.keys:
+    if result.errors or done != len(range(0, plan.keys, size)):
         raise RuntimeError(f"could not put the {plan.keys} keys to be read: {dict(result.errors) or 'no reply'}")
 
 
@@ -284,11 +287,11 @@ def measure(plan: Plan, clients: int, first: int, start: Callable[[], None]) -> 
     result = Result(plan.seconds)
     loop = Loop(plan, clients, first, result)
     try:
+        next_request = requests(plan, plan.seed + first)
         start()
         begin = time.perf_counter() + plan.warm_up_s
         end = begin + plan.seconds
-        next_request = requests(plan, plan.seed + first)
-        warm = len(result.latencies_s)
+        warm = 0
         cpu_began = 0.0
         measuring = False
 
@@ -302,14 +305,15 @@ def measure(plan: Plan, clients: int, first: int, start: Callable[[], None]) -> 
 
         loop.run(_until(next_request, end), plan.pipeline, stop)
         result.cpu_s = time.process_time() - cpu_began
+        result.memory_bytes = own_memory_bytes()
         del result.latencies_s[:warm]
         return result
     finally:
         loop.close()
 
 
-def _until(next_request: Callable[[], bytes], end: float) -> Callable[[], bytes | None]:
-    return lambda: next_request() if time.perf_counter() < end else None
+def _until(next_request: Callable[[Dialect], bytes], end: float) -> Next:
+    return lambda d: next_request(d) if time.perf_counter() < end else None
 
 
 def _worker(plan: Plan, clients: int, first: int, barrier: Any, pipe: Pipe) -> None:
@@ -324,7 +328,7 @@ def _worker(plan: Plan, clients: int, first: int, barrier: Any, pipe: Pipe) -> N
 
 def run(plan: Plan) -> Result:
     """Carry `plan` out. Raises OSError where no server answers, RuntimeError where the keys can't be put."""
-    if plan.op != "put" and plan.fill:
+    if plan.fill and plan.op in ("get", "mixed"):
         fill(plan)
     processes = min(plan.processes, plan.clients)
     if processes == 1:
@@ -352,62 +356,9 @@ def run(plan: Plan) -> Result:
     return total
 
 
-# ---------------------------------------------------------- command line
-
-
-def line(plan: Plan, figures: dict[str, Any]) -> str:
-    """The figures as one line for a person."""
-    what = plan.op if plan.op == "put" else f"{plan.op} {plan.read}"
-    latencies = "  ".join(
-        f"{name} {figures[name + '_ms']:.2f}" for name in (*QUANTILES, "max") if figures[name + "_ms"] is not None
-    )
-    errors = ", ".join(f"{count} {code}" for code, count in sorted(figures["errors"].items())) or "none"
-    return (
-        f"{what}, {plan.clients} clients × {plan.pipeline}, {plan.value_bytes} B: {figures['ops_per_s']:,.0f} ops/s; "
-        f"ms: {latencies or 'no reply'}; errors: {errors}; load cpu {figures['load_cpu_percent']:.0f} %"
-    )
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's arguments."""
-    p = argparse.ArgumentParser(prog="python -m bench.load", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--server", required=True, help="HOST:PORT[,HOST:PORT…]; the clients are dealt out among them")
-    p.add_argument("--clients", type=int, default=64, help="connections (default %(default)s)")
-    p.add_argument("--op", choices=OPS, default="put")
-    p.add_argument("--value-size", type=int, default=256, metavar="BYTES")
-    p.add_argument("--seconds", type=float, default=5.0, help="measured, after the warm-up (default %(default)s)")
-    p.add_argument("--warm-up", type=float, default=1.0, metavar="SECONDS")
-    p.add_argument("--pipeline", type=int, default=1, help="requests of one client on their way (default %(default)s)")
-    p.add_argument("--keys", type=int, default=10_000, help="different keys (default %(default)s)")
-    p.add_argument("--read", choices=("linearizable", "stale"), default="linearizable", help="what a get asks for")
-    p.add_argument("--processes", type=int, default=1, help="to divide the load's own work among (default %(default)s)")
-    p.add_argument("--no-fill", action="store_true", help="don't put every key before getting them")
-    p.add_argument("--seed", type=int, default=1, help="of the keys' order and the value")
-    p.add_argument("--json", action="store_true", help="print the figures as one JSON object")
-    return p
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run from the command line; returns the exit code."""
-    p = parser()
-    a = p.parse_args(arguments)
-    if min(a.clients, a.pipeline, a.keys, a.processes) < 1 or a.keys > 10_000_000 or a.seconds <= 0:
-        p.error("clients, pipeline, processes, seconds and keys (at most ten million) must be positive")
-    servers = tuple(a.server.split(","))
-    if not all(s.rpartition(":")[2].isdecimal() for s in servers):
-        p.error("--server takes HOST:PORT[,HOST:PORT…]")
-    plan = Plan(
-        servers, a.clients, a.op, a.value_size, a.seconds, a.warm_up, a.pipeline, a.keys, a.read, a.processes,
-        not a.no_fill, a.seed,
-    )  # fmt: skip
-    try:
-        figures = run(plan).summary()
-    except (OSError, RuntimeError) as error:
-        print(f"bench.load: {a.server}: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(figures) if a.json else line(plan, figures))
-    return 0 if figures["ops"] else 1
-
-
 if __name__ == "__main__":
+    import sys
+
+    from bench.options import main
+
     sys.exit(main())

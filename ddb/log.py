@@ -317,6 +317,7 @@ class LogWriter:
         room_retry_s: float = ROOM_RETRY_S,
     ) -> None:
         self.saved = 0
+        self.failed = False
         self._log = log
         self._post = post
         self._on_saved = on_saved
@@ -345,7 +346,7 @@ class LogWriter:
         """Queue what `Log.write` takes. Returns its ticket: 1, 2, 3, …
 
         With `in_place`, and if the thread is idle, the caller's thread does the work itself: `saved` says so at once,
-        and `on_saved` is not called. Raises what a failing disk raises; on a full one the thread takes over.
+        and `on_saved` is not called. A failing disk has `on_failure` called at once; on a full one the thread takes over.
         """
         in_place = in_place and self.saved == self._tickets
         self._tickets += 1
@@ -360,6 +361,9 @@ class LogWriter:
             self.saved = self._tickets
         except ReadOnly:
             self._queue.put((None, (), None))  # the group is the log's already: let the thread wait for room
+        except OSError as error:
+            self.failed = True
+            self._on_failure(error)
         return self._tickets
 
     def flush(self, timeout_s: float) -> bool:
@@ -384,6 +388,8 @@ class LogWriter:
         try:
             while not (self._stopping.is_set() and self._queue.empty()):
                 taken, reached = self.take()
+                if self.failed:  # in place, on the loop's thread: nothing is written any more
+                    return
                 while not self.sync():
                     if self._stopping.wait(self._room_retry_s):
                         return
@@ -395,6 +401,7 @@ class LogWriter:
 
     def fail(self, error: BaseException) -> None:
         """The disk has failed: report that, and nothing more."""
+        self.failed = True
         if not isinstance(error, DdbError):
             _log.critical("the log can't be written any more: %s", error)
         self._post(self._on_failure, error)

@@ -279,9 +279,13 @@ class Node:
 
     def _keep_peers(self) -> None:
         wanted = {m.id for m in self.replica.raft.config.members} | self.peers.introduced().keys()
-        if self._registry_cluster is not None and self.replica.raft.config.member(self.id) is None:
+        raft = self.replica.raft
+        if self._registry_cluster is not None and (
+            raft.config.member(self.id) is None or not raft.hears_leader(self.now())
+        ):
             # Whoever leads there takes in a node that introduces itself. One that was about to be taken in when the
-            # leader died belongs to the cluster already, and yet nobody else knows: it has to go on knocking.
+            # leader died belongs to the cluster already, and yet nobody else knows: it has to go on knocking. So has
+            # one that was away so long that all the members it knows have been replaced, and itself perhaps removed.
             wanted |= self._sightings.keys()
         self.peers.keep(wanted)
 
@@ -603,11 +607,20 @@ def main(argv: list[str] | None = None) -> int:
     sys.set_int_max_str_digits(wire.DIGITS_MAX)
     raise_descriptor_limit()
     node: Node | None = None
+    asked_to_leave = False
+
+    def leave(*_: object) -> None:
+        nonlocal asked_to_leave
+        asked_to_leave = True  # for a start that takes long
+        if node is not None:
+            node.loop.post(node.leave)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     try:
         node = Node(settings)
-        running = node
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: running.loop.post(running.leave))
+        if asked_to_leave:
+            node.loop.post(node.leave)
         # What start-up has made stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -615,8 +628,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except StartupError as error:
         log.error("%s", error.message)
-    except (Fatal, InvariantError, DdbError, OSError) as error:
+    except (Fatal, InvariantError, DdbError) as error:
         log.critical("%s", error)
+    except OSError as error:
+        log.critical("The node ends rather than go on without what failed under it: %s", error)
     finally:
         if node is not None:
             node.close()

@@ -199,9 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise_descriptor_limit()
     try:
         with contextlib.ExitStack() as stack:
+            loop = stack.enter_context(Loop())
+            for number in (signal.SIGTERM, signal.SIGINT):  # `server` is there by the time the loop runs
+                signal.signal(number, lambda *_: loop.post(lambda: server.drain(loop.stop, DRAIN_S)))
             file = MemoryFile(settings.data_dir)
             stack.callback(file.close)
-            loop = stack.enter_context(Loop())
             roster = Roster(file.load(), time.monotonic(), settings.ttl)
             registry = Registry(roster, file)
             limits = Limits(frame_bytes_max=settings.max_frame)
@@ -211,8 +213,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if roster.memory.cluster is not None:
                 log.info("remembers the cluster %s", roster.memory.cluster)
             loop.every(min(0.1, settings.ttl / 10), registry.tick)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: loop.post(server.drain, loop.stop, DRAIN_S))
             loop.run()
     except StartupError as error:
         sys.stderr.write(f"ddb-registry: {error.message}\n")

@@ -297,14 +297,20 @@ class Duties:
             seen.transferring = raft.log.last_index
         elif raft.log.last_index != seen.transferring:
             self._fail(HANDED_WHOLE, seen, f"{raft}, which ended at {seen.transferring}")
-        if raft.commit > seen.commit and not seen.unanimous and raft.commit > raft.log.base_index:
-            voters = raft.config.voters
-            sure = sum(1 for v in voters if self._sure.get((v, raft.term), 0) >= raft.commit)
-            sure += raft.id in voters and not seen.doubt
-            if 2 * sure <= len(voters):
-                self._fail(DOUBTED, seen, f"{raft} of {voters}: {sure} without doubt")
+        if raft.commit <= seen.commit or seen.unanimous or raft.commit <= raft.log.base_index:
+            return
+        # A change may have been appended in the very turn in which its predecessor was committed.
+        if not any(self._are_sure(seen, config.voters) for config in (raft.config, raft.config_at(raft.commit))):
+            self._fail(DOUBTED, seen, f"{raft} of {raft.config.voters}")
 
     # -- snapshots
+
+    def _are_sure(self, seen: _Seen, voters: tuple[str, ...]) -> bool:
+        """Whether a majority of `voters` has acknowledged what is committed, and was not in doubt."""
+        raft = seen.node.replica.raft
+        sure = sum(1 for v in voters if self._sure.get((v, raft.term), 0) >= raft.commit)
+        sure += raft.id in voters and not seen.doubt
+        return 2 * sure > len(voters)
 
     def _look_at_base(self, seen: _Seen, applied: int) -> None:
         raft = seen.node.replica.raft

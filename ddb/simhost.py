@@ -340,7 +340,6 @@ class SimWriter(LogWriter):
     ) -> None:
         self._host = host
         self._busy = False
-        self._failed = False
         host.threads.append(self)
         super().__init__(log, self._tell, on_saved, on_failure, on_space)
 
@@ -352,11 +351,7 @@ class SimWriter(LogWriter):
 
     def save(self, *args: Any, **options: Any) -> int:
         """See LogWriter."""
-        try:
-            ticket = super().save(*args, **options)
-        except OSError:
-            self._failed = True
-            raise
+        ticket = super().save(*args, **options)
         if not self._busy and not self._queue.empty():
             self._begin()
         return ticket
@@ -380,7 +375,6 @@ class SimWriter(LogWriter):
                 host.agenda.after(self._room_retry_s / host.rate, host, self._try, taken)
                 return
         except (DdbError, OSError) as error:
-            self._failed = True
             self.fail(error)
             return
         self.report(taken)
@@ -397,9 +391,9 @@ class SimWriter(LogWriter):
 
     def _finish(self) -> None:
         """Make what was saved durable, if that can be."""
-        if not self._failed and not self._queue.empty():
+        if not self.failed and not self._queue.empty():
             self.take()
-        if not self._failed and not self._full:
+        if not self.failed and not self._full:
             try:
                 self.sync()
             except (DdbError, OSError) as error:

@@ -100,6 +100,7 @@ class _Seen:
     config_index: int = -1
     last: int = 0  # of a leader's log
     ask: int = -1  # the latest ElectionRequest
+    ask_term: int = 0
     alive: set[str] = field(default_factory=set)  # who answered it from above
     stalled: set[str] = field(default_factory=set)  # who did so earlier, and then did not win
     votes: dict[str, bool] = field(default_factory=dict)  # granted in this term -> in doubt
@@ -123,6 +124,7 @@ class Rules:
         self.batches: dict[tuple[int, int], tuple[bytes, int]] = {}  # (first, term) -> data, the term before it
         self.holders: dict[tuple[int, int], set[str]] = {}  # (last, term) -> whose disks held it last
         self._cluster: str | None = None
+        self._change = (0, Configuration(""))  # the latest that anybody has applied, and where it stands
         self.seen: dict[str, _Seen] = {}  # by host
 
     # -- a life begins
@@ -237,7 +239,7 @@ class Rules:
                 self._fail(ACK_ON_DISK, seen, f"{m!r}, and the disk has {held}")
         elif isinstance(m, ElectionRequest) and m.ask != seen.ask:
             seen.stalled |= seen.alive
-            seen.ask, seen.alive = m.ask, set()
+            seen.ask, seen.ask_term, seen.alive = m.ask, m.term, set()
         elif isinstance(m, ElectionReply) and m.answer == "yield":
             seen.stalled.add(m.dst)  # should that one not win, it was waited for in vain
         elif isinstance(m, Append | InstallSnapshot):
@@ -272,7 +274,8 @@ class Rules:
             elif m.batches and m.batches[0].first <= raft.log.last_index:
                 self._look_for_conflict(raft.log.term_at, m)
         elif kind is ElectionReply:
-            if m.answer == "alive" and m.ask == seen.ask and raft.role is Role.FOLLOWER:
+            has_stood = raft.role is not Role.FOLLOWER and raft.term > seen.ask_term
+            if m.answer == "alive" and m.ask == seen.ask and not has_stood:
                 seen.alive.add(m.src)
                 self.met("stood aside for a higher rank")
         elif kind is VoteReply and m.granted and m.term == raft.term:
@@ -327,6 +330,9 @@ class Rules:
         if not (seen.applied < batch.last <= commit):
             self._fail(APPLIED_BACK, seen, f"{batch!r} after {seen.applied}/{commit}")
         seen.applied = batch.last
+        if batch.config is not None and batch.first > self._change[0]:
+            self._look_at_change(seen, self._change[1], batch.config)
+            self._change = (batch.first, batch.config)
         if self._note is not None:
             self._note(f"{seen.host} applies {batch!r}")
         self._digest(seen, batch.last, machine.table.digest)
@@ -408,24 +414,30 @@ class Rules:
         last = raft.log.batch_at(raft.commit)
         if last.term != raft.term:
             self._fail(OWN_TERM, seen, f"{raft} commits {last!r}")
-        held, voters = self.holders.get((last.last, last.term), set()), raft.config.voters
-        enough = 2 * len(held.intersection(voters)) > len(voters)
-        if not enough:
-            self._fail(MAJORITY, seen, f"{raft}: {last!r} is held by {sorted(held)} of {voters}")
+        held = self.holders.get((last.last, last.term), set())
+        # A change may have been appended in the very turn in which its predecessor was committed.
+        in_force = (raft.config.voters, raft.config_at(raft.commit).voters)
+        if not any(2 * len(held.intersection(voters)) > len(voters) for voters in in_force):
+            self._fail(MAJORITY, seen, f"{raft}: {last!r} is held by {sorted(held)} of {in_force[0]}")
 
     def _look_at_config(self, seen: _Seen) -> None:
         raft = seen.node.replica.raft
         seen.config_index = raft.config_index
-        pending = [config for index, config in raft._configs if index > raft.commit]
-        if raft.role is Role.LEADER and not (len(pending) <= 1 or not raft._configs[0][1].members):
-            self._fail(ONE_CHANGE, seen, f"{raft}: {pending}")
+        if raft.role is Role.LEADER and raft.config_index > raft.commit:
+            pending = [config for index, config in raft._configs if index > self.committed]
+            own = raft.log.term_at(raft.config_index) == raft.term
+            is_first = raft.config_index == 1  # which founds the cluster
+            if len(pending) > 1 or (own and not is_first and raft.log.term_at(raft.commit) != raft.term):
+                self._fail(ONE_CHANGE, seen, f"{raft}: {pending}")
         # The first stands for all before the log, or before the snapshot, whichever is later: so nothing need follow it.
         for (_, old), (_, new) in zip(raft._configs[1:], raft._configs[2:]):
-            differ = set(old.voters) ^ set(new.voters)
-            if not (len(differ) <= 1 or not old.voters):
-                self._fail(OVERLAP, seen, f"{old} to {new}")
+            self._look_at_change(seen, old, new)
         if len(raft._configs) > 1:
             self._notice_change(raft._configs[-2][1], raft._configs[-1][1])
+
+    def _look_at_change(self, seen: _Seen, old: Configuration, new: Configuration) -> None:
+        if old.voters and len(set(old.voters) ^ set(new.voters)) > 1:
+            self._fail(OVERLAP, seen, f"{old} to {new}")
 
     def _notice_change(self, old: Configuration, new: Configuration) -> None:
         before, after = set(old.voters), set(new.voters)

@@ -683,11 +683,17 @@ def test_a_save_in_place_on_a_full_disk_is_left_to_the_thread(tmp_path: Path, di
         assert log.last == (1, 1)
 
 
-def test_a_save_in_place_on_a_failing_disk_raises(tmp_path: Path, disk: GatedDisk) -> None:
-    writer = Loop().writer(Log.open(tmp_path / "log", disk=disk))
+def test_a_save_in_place_on_a_failing_disk_is_a_failure_at_once_and_the_last_that_is_tried(
+    tmp_path: Path, disk: GatedDisk
+) -> None:
+    loop = Loop()
+    writer = loop.writer(Log.open(tmp_path / "log", disk=disk))
     disk.error = errno.EIO
-    with pytest.raises(OSError, match="simulated"):
-        writer.save(HardState(1), [batch(1, 1)], in_place=True)
-    assert writer.saved == 0
+    writer.save(HardState(1), [batch(1, 1)], in_place=True)
+    kind, error = loop.next()
+    assert (kind, error.errno) == ("failure", errno.EIO)
+    assert (writer.saved, writer.failed) == (0, True)
     disk.error = None
+    writes = disk.writes
     writer.close()
+    assert disk.writes == writes

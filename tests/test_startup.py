@@ -349,6 +349,16 @@ def test_a_signal_ends_every_server_in_whatever_state_promptly_with_0(
     assert alone.ask(op="put", key="k", value=1)["ok"]
 
 
+def test_a_signal_in_the_middle_of_a_start_is_heard(cluster: Clusters) -> None:
+    one = cluster(1)
+    for server in one.servers:
+        for _ in range(5):
+            server.kill()
+            server.start()  # returns as soon as it listens
+            os.kill(server.pid, signal.SIGTERM)
+            assert server.wait_ended() == 0, server.log
+
+
 def test_two_signals_are_one(cluster: Clusters) -> None:
     one = cluster(1)
     for server in one.servers:
