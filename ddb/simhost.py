@@ -364,7 +364,8 @@ class SimWriter(LogWriter):
     def _work(self) -> None:
         if not self._stopping.is_set():
             taken, _ = self.take()
-            self._try(taken)
+            if not self.failed:  # in place, that is: nothing is written any more
+                self._try(taken)
 
     def _try(self, taken: int) -> None:
         host = self._host

@@ -245,12 +245,15 @@ def test_a_failing_disk_is_reported_and_nothing_is_saved_any_more(bench: Bench, 
     writer.close()
 
 
-def test_a_failure_in_place_comes_out_of_the_call(bench: Bench, log: Log) -> None:
+def test_a_failure_in_place_is_reported_at_once_and_nothing_is_saved_any_more(bench: Bench, log: Log) -> None:
     writer = bench.writer(log)
     bench.disk.fail("fdatasync", errno.EIO, times=1)
-    with pytest.raises(OSError, match="simulated failure"):
-        writer.save(None, [batch(1)], in_place=True)
-    assert writer.saved == 0
+    writer.save(None, [batch(1)], in_place=True)
+    assert [kind for kind, _ in bench.news] == ["failure"] and writer.saved == 0
+    writer.save(None, [batch(2)])
+    writer.save(None, [batch(3)], in_place=True)
+    bench.rest()
+    assert len(bench.news) == 1 and writer.saved == 0 and log.last == (0, 0)
     writer.close()
 
 
