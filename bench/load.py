@@ -41,7 +41,7 @@ from bench.plan import Plan, Result
 from bench.servers import own_memory_bytes
 
 FILL_CLIENTS = 8
-FILL_KEYS_UNDERWAY = 512
+FILL_BYTES_UNDERWAY = 60_000  # less than HTTP/2's first window
 CONNECT_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 5.0
 LOOK_S = 0.1
@@ -274,7 +274,8 @@ def fill(plan: Plan) -> None:
         return None if start is None else d.fill(start, min(size, plan.keys - start))
 
     try:
-        loop.run(following, max(1, FILL_KEYS_UNDERWAY // size), lambda: False)
+        request_bytes = size * (plan.value_bytes + dialect.KEY_BYTES)
+        loop.run(following, max(1, FILL_BYTES_UNDERWAY // request_bytes), lambda: False)
         done = len(result.latencies_s)
     finally:
         loop.close()

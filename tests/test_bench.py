@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from bench.load import Plan, Result, fill, requests, run, template
+from bench import dialect
+from bench.frames import template
+from bench.load import fill, requests, run
+from bench.plan import Plan, Result
 from tests.fake_server import FakeServer, failure
 from tests.harness import REPOSITORY, environment
 
@@ -25,12 +28,19 @@ def plan(server: FakeServer, **settings: Any) -> Plan:
     return Plan((server.address,), **{**QUICK, **settings})
 
 
+def parts(server: FakeServer) -> list[dict[str, Any]]:
+    """The puts that the server got, in batches or not."""
+    batches = (request.get("ops", [request]) for request in server.requests)
+    return [part for batch in batches for part in batch if part["op"] == "put"]
+
+
 @pytest.mark.parametrize("op", ["put", "get", "mixed"])
 def test_every_request_is_a_frame_of_the_protocol(op: str) -> None:
-    following = requests(Plan(("",), op=op, keys=10_000, value_bytes=100), seed=5)
+    plan = Plan(("",), op=op, keys=10_000, value_bytes=100)
+    following, connection = requests(plan, seed=5), dialect.new(plan)
     seen = set()
     for _ in range(100):
-        length, _, rest = following().partition(b"\n")
+        length, _, rest = following(connection).partition(b"\n")
         assert int(length) == len(rest) - 1 and rest.endswith(b"}\n")
         request = json.loads(rest)
         assert request["op"] in ({"put", "get"} if op == "mixed" else {op})
@@ -90,8 +100,8 @@ def test_a_lost_connection_is_counted_and_the_next_server_takes_over() -> None:
 def test_every_key_is_put_before_it_is_read() -> None:
     with FakeServer() as server:
         run(plan(server, op="get"))
-        assert server.ops[:20] == ["put"] * 20 and set(server.ops[20:]) == {"get"}
-        assert sorted(request["key"] for request in server.requests[:20]) == [f"k{i:07d}" for i in range(20)]
+        assert server.ops[0] == "batch" and set(server.ops[1:]) == {"get"}
+        assert sorted(part["key"] for part in parts(server)) == [f"k{i:07d}" for i in range(20)]
 
 
 def test_keys_that_can_not_be_put_are_a_sentence() -> None:
@@ -107,7 +117,7 @@ def test_processes_add_up() -> None:
     one.add(two)
     assert one.summary() == {
         "ops": 6, "ops_per_s": 3.0, "p50_ms": 3.0, "p95_ms": 3.0, "p99_ms": 3.0, "p99.9_ms": 3.0, "max_ms": 3.0,
-        "errors": {"timeout": 1}, "load_cpu_percent": 0.0,
+        "errors": {"timeout": 1}, "load_cpu_percent": 0.0, "load_memory_mib": 0.0,
     }  # fmt: skip
 
 
