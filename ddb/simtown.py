@@ -242,7 +242,9 @@ class Town:
         it counts as damaged from now on."""
         if any(self.node(n) is None for n in self.nodes if n not in self.damaged):
             return False  # nobody knows what is in its log
-        configs = [config for node in self.running for _, config in node.replica.raft._configs]
+        rafts = [node.replica.raft for node in self.running]
+        configs = [config for raft in rafts for index, config in raft._configs if index > raft.commit]
+        configs += [raft.config_at(raft.commit) for raft in rafts]
         smallest = min((len(config.voters) for config in configs if config.members), default=0)
         if len({*self.damaged, name}) > (smallest - 1) // 2 or not self.has_cluster:
             return False
