@@ -140,10 +140,14 @@ def _slow_links(fault: Fault, town: Town) -> Undo:
 
 
 def _reset(fault: Fault, town: Town) -> Undo:
-    """The connections between two nodes break."""
+    """The connections between two nodes break, or those of the clients with one."""
     order = town.nodes_from(fault.where)
+    if fault.how < 0.3:
+        for client in town.clients:
+            town.network.reset(client.name, order[0])
+        return None
     town.network.reset(order[0], order[1])
-    if fault.how < 0.5:
+    if fault.how < 0.6:
         town.network.reset(order[1], order[0])
     return None
 
@@ -194,9 +198,14 @@ def _power(fault: Fault, town: Town) -> Undo:
 
 
 def _blackout(fault: Fault, town: Town) -> Undo:
-    """All machines lose their power at once, and come back one by one."""
+    """All machines lose their power at once, or each at its next fdatasync, and come back one by one."""
     for number, name in enumerate(town.nodes_from(fault.where)):
-        town.kill(name, power=True, back_in_s=min(fault.for_s, 2.0) * (1 + number * fault.how))
+        back_in_s = min(fault.for_s, 2.0) * (1 + number * fault.how)
+        if fault.how < 0.3 and town.node(name) is not None:
+            town.hosts[name].crash_in, town.hosts[name].crash_only = 0, "fdatasync"
+            town.back_in_s[name] = back_in_s
+        else:
+            town.kill(name, power=True, back_in_s=back_in_s)
     return None
 
 
@@ -317,8 +326,12 @@ def _lost_tail(fault: Fault, town: Town) -> Undo:
 
 
 def _registry_down(fault: Fault, town: Town) -> Undo:
-    """The registry is killed, and started again later."""
-    town.kill("registry", power=fault.how < 0.5, back_in_s=fault.for_s)
+    """The registry is killed, at once or before one of its next few effects, and started again later."""
+    if fault.how > 0.7 and town.hosts["registry"].program is not None:
+        town.hosts["registry"].crash_in = int((fault.how - 0.7) * 40)
+        town.back_in_s["registry"] = fault.for_s
+    else:
+        town.kill("registry", power=fault.how < 0.5, back_in_s=fault.for_s)
     return None
 
 
