@@ -208,8 +208,14 @@ class Client:
     # -- what it asks
 
     def _again(self, request: Mapping[str, Any]) -> Request:
-        """The same once more, but for the value: the checker must be able to tell which of the two was done."""
-        return {**request, "value": self._value()} if "value" in request else dict(request)
+        """The same once more, but for its values: the checker must be able to tell which of the two was done."""
+        again = dict(request)
+        if again.get("op") == "put":
+            again["value"] = self._value()
+        for part in ("then", "ops"):
+            if part in again:
+                again[part] = [self._again(each) for each in again[part]]
+        return again
 
     def _value(self) -> str:
         self._count += 1

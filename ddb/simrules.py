@@ -66,10 +66,13 @@ class Violation(AssertionError):
     """A rule was broken. `rule` is its name, with the source; `host` where it was seen; `what` the evidence."""
 
     def __init__(self, rule: str, host: str, what: str) -> None:
-        super().__init__(f"{rule}\n    seen on {host}: {what}")
+        super().__init__(rule, host, what)  # as they are, so that it can be pickled, and come from another process
         self.rule = rule
         self.host = host
         self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.rule}\n    seen on {self.host}: {self.what}"
 
 
 def brief(m: Message) -> str:

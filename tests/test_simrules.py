@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -458,6 +459,13 @@ def test_a_breach_is_found_in_the_step_in_which_it_happens_and_named(
 def test_every_rule_is_broken_here() -> None:
     rules = {value for name, value in vars(simrules).items() if name.isupper() and isinstance(value, str)}
     assert rules - {rule for rule, _ in BREACHES} == {simrules.LAWFUL}  # that one is the code's own
+
+
+def test_a_violation_can_come_from_another_process() -> None:
+    violation = Violation(simrules.DIGEST, "n1", "why")
+    copy = pickle.loads(pickle.dumps(violation))
+    assert (copy.rule, copy.host, copy.what, str(copy)) == (simrules.DIGEST, "n1", "why", str(violation))
+    assert str(copy) == f"{simrules.DIGEST}\n    seen on n1: why"
 
 
 def test_each_rule_names_its_source() -> None:
