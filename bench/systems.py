@@ -51,7 +51,7 @@ class System(Protocol):
         """The node that leads, once every node knows it; None before."""
 
     def add(self) -> Server:
-        """Start one more node, with an empty directory, as a new member. It may not be ready yet."""
+        """Let one more node become a member, with an empty directory. It is not started yet."""
 
     def close(self) -> None:
         """End all of it."""
@@ -116,7 +116,6 @@ class Ddb:
         """See System."""
         node = self._node(len(self.nodes) + 1)
         self.nodes.append(node)
-        node.start()
         return node
 
     def close(self) -> None:
@@ -170,11 +169,22 @@ class Etcd:
         """See System."""
         name, (peer_port, port) = f"n{len(self.nodes) + 1}", free_ports(2)
         self._peers[name] = f"http://127.0.0.1:{peer_port}"
-        _gateway(self.nodes[0].address, "cluster/member/add", peerURLs=[self._peers[name]])
+        self._announce(self._peers[name])
         node = self._node(name, port, "existing")
         self.nodes.append(node)
-        node.start()
         return node
+
+    def _announce(self, peer_url: str) -> None:
+        """Tell of a new member, once the members let it in: they refuse while they have not long been connected."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while True:
+            try:
+                _gateway(self.nodes[0].address, "cluster/member/add", peerURLs=[peer_url])
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
 
     def close(self) -> None:
         """See System."""
