@@ -10,23 +10,28 @@ heard. So a bug that is one crash and one lost message away from harm is seen wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 from ddb.kv import Machine
 from ddb.messages import (
+    Append,
     AppendReply,
     Configuration,
     ElectionReply,
     ElectionRequest,
     Message,
+    ReadReply,
+    ReadRequest,
     Role,
     SnapshotReply,
     TimeoutNow,
     VoteRequest,
 )
 from ddb.node import Node
-from ddb.raft import Raft
+from ddb.raft import Raft, Ready
 from ddb.simhost import Host
 from ddb.simrules import Rules, Violation
 
@@ -43,6 +48,15 @@ NOT_BACK: Final = "a snapshot never takes a right state back (Raft §7)"
 GONE: Final = "who was removed is a member no more"
 HANDED_TO: Final = "leadership is handed to a voter that has the whole log (dissertation §3.10)"
 HANDED_WHOLE: Final = "who hands over takes no more writes (dissertation §3.10)"
+TAKES_TERM: Final = "a higher term is taken over, and an older one counts for nothing (Raft §5.1)"
+FOLLOWS: Final = "who hears the leader of its term follows it (Raft §5.2)"
+ONLY_CONFLICT: Final = "only a conflict cuts the log (Raft §5.3)"
+NAMED: Final = "a follower acknowledges and commits what the leader has named, and no more (Raft §5.3)"
+UP_TO_DATE: Final = "a vote goes to a log that is at least as up-to-date (Raft §5.4.1)"
+CONFIRMED: Final = "a read is confirmed by a majority that followed the leader after it was asked (dissertation §6.4)"
+CONFIG_IN_LOG: Final = "the configuration in force is the newest in the log (dissertation §4.1)"
+REMOVED: Final = "a leader whose removal is committed steps down (dissertation §4.2.2)"
+NOOP_FIRST: Final = "the members change after an entry of the leader's own term is committed (raft-dev, 2015)"
 DOUBTED: Final = "who is in doubt commits nothing (raft.py)"
 DOUBT_ENDS: Final = "a doubt ends when all is there that was committed when it began (raft.py)"
 FOLLOWED_LENIENCE_S: Final = 1.0  # beside two time-outs
@@ -68,7 +82,13 @@ class _Seen:
     told_term: int = 0  # the highest that it was told of
     told_to_stand: bool = False
     heard: dict[str, float] = field(default_factory=dict)  # member -> when it last answered this leader
+    round: int = 0  # the highest that this leader has sent
+    echoed: dict[str, int] = field(default_factory=dict)  # member -> the highest round that it answered
+    asked: dict[tuple[str, int], int] = field(default_factory=dict)  # reads: (member, ticket) -> `round` at that time
     acked: int = 0  # what it acknowledged in this term
+    named: int = 0  # how far a leader's appends went that fitted, in the term `named_in`
+    named_in: int = 0
+    end: tuple[int, int] = (0, 0)  # of its log
     transferring: int | None = None  # where a leader's log ended when it began to hand over
     commit: int = 0
     unanimous: bool = False  # whether only unanimity can have elected it
@@ -104,7 +124,7 @@ class Duties:
 
     def _wrap(self, seen: _Seen, node: Node) -> None:
         replica, raft, writer = node.replica, node.replica.raft, node.writer
-        send, step, tick = replica.send, raft.step, raft.tick
+        send, step, tick, read, ready = replica.send, raft.step, raft.tick, raft.read, raft.ready
         save, report, restored, apply = writer.save, replica.saved, replica.restored, replica._apply
 
         def watch_send(message: Message) -> None:
@@ -113,11 +133,36 @@ class Duties:
 
         def watch_step(message: Any, now: float) -> None:
             self._receiving(seen, message, now)
-            beside = type(message) is VoteRequest and not message.transfer and raft.hears_leader(now)
-            term = raft.term
-            step(message, now)
-            if beside and raft.term != term:
-                self._fail(NOT_BESIDE, seen, f"{message!r}: {raft}")
+            kind, term, vote = type(message), raft.term, raft.vote
+            if kind is Append:
+                self._step_append(seen, message, partial(step, message, now))
+            elif kind is VoteRequest:
+                beside = not message.transfer and message.term > term and raft.hears_leader(now)
+                step(message, now)
+                if beside and raft.term != term:
+                    self._fail(NOT_BESIDE, seen, f"{message!r}: {raft}")
+                self._look_at_vote(seen, message, term, vote)
+                return
+            elif kind is AppendReply and message.term < term:
+                before = replace(raft.progress[message.src]) if message.src in raft.progress else None
+                step(message, now)
+                if before is not None and before != raft.progress.get(message.src):
+                    self._fail(TAKES_TERM, seen, f"{message!r} is of an older term: {raft}")
+            else:
+                step(message, now)
+            if raft.term < message.term and kind is not ElectionRequest:
+                self._fail(TAKES_TERM, seen, f"{message!r}: {raft}")
+
+        def watch_read(ticket: int) -> bool:
+            if raft.role is Role.LEADER:
+                seen.asked[raft.id, ticket] = seen.round
+            return read(ticket)
+
+        def watch_ready(now: float) -> Ready:
+            out = ready(now)
+            for ticket, _ in out.reads:
+                self._look_at_read(seen, raft.id, ticket)
+            return out
 
         def watch_tick(now: float) -> None:
             tick(now)
@@ -156,6 +201,8 @@ class Duties:
         replica._apply = watch_apply  # type: ignore[method-assign]
         raft.step = watch_step  # type: ignore[method-assign, assignment]
         raft.tick = watch_tick  # type: ignore[method-assign]
+        raft.read = watch_read  # type: ignore[method-assign]
+        raft.ready = watch_ready  # type: ignore[method-assign]
         writer.save = watch_save  # type: ignore[method-assign]
 
     def _note_end(self, seen: _Seen, ticket: int | None) -> None:
@@ -182,6 +229,11 @@ class Duties:
             # (One of an older term has waited for the disk: it was right when it was said.)
             if m.term == raft.term and m.answer == "yield" and (m.dst, m.ask) in seen.asked_beside:  # type: ignore[union-attr]
                 self._fail(NOT_BESIDE, seen, f"{m!r}: {raft}")
+        elif kind is Append:
+            if m.term == raft.term and m.round > seen.round:  # type: ignore[union-attr]
+                seen.round = m.round  # type: ignore[union-attr]
+        elif kind is ReadReply:
+            self._look_at_read(seen, m.dst, m.ticket)  # type: ignore[union-attr]
         elif kind is TimeoutNow and raft.transfer_to == m.dst:
             target = self._raft_of(m.dst)
             if m.dst not in raft.config.voters:
@@ -200,6 +252,8 @@ class Duties:
         seen.acked = max(seen.acked, m.match)
         if not m.doubt:
             self._sure[raft.id, m.term] = max(self._sure.get((raft.id, m.term), 0), m.match)
+        if m.match > seen.named:
+            self._fail(NAMED, seen, f"{m!r}, and the leader has named {seen.named}")
         term = raft.log.term_at(m.match)
         if term is None:
             return
@@ -210,6 +264,31 @@ class Duties:
                 self._fail(ACK_EQUAL, seen, f"{m!r} is of term {term}, the leader's of {theirs}")
         if m.match > raft.log.base_index and not self._holds(raft.id, m.match, term):
             self._fail(ACK_EQUAL, seen, f"{m!r} of term {term} is not on disk")
+
+    def _step_append(self, seen: _Seen, m: Append, step: Callable[[], None]) -> None:
+        """Let the core take in an append, and look at what it makes of it."""
+        raft = seen.node.replica.raft
+        log, commit, last, durable = raft.log, raft.commit, raft.log.last_index, raft.durable
+        stale = m.term < raft.term
+        fits = not stale and (m.prev_index <= log.base_index or log.term_at(m.prev_index) == m.prev_term)
+        conflicts = any(log.term_at(b.first) not in (None, b.term) for b in m.batches)
+        step()
+        if m.term != seen.named_in and not stale:
+            seen.named, seen.named_in = 0, m.term
+        if fits:
+            seen.named = max(seen.named, m.batches[-1].last if m.batches else m.prev_index)
+        if not stale and (raft.role is not Role.FOLLOWER or raft.leader != m.src):
+            self._fail(FOLLOWS, seen, f"{m!r}: {raft}")
+        if (raft.log.last_index < last or raft.durable < durable) and not (conflicts and fits):
+            self._fail(ONLY_CONFLICT, seen, f"{m!r}: {raft}, where {last} was the last")
+        if raft.commit > max(commit, seen.named if fits else 0):
+            self._fail(NAMED, seen, f"{m!r}: {raft}, where {commit} was committed")
+
+    def _look_at_vote(self, seen: _Seen, m: VoteRequest, term: int, vote: str | None) -> None:
+        raft = seen.node.replica.raft
+        voted = raft.vote == m.src and (raft.term, raft.vote) != (term, vote)
+        if voted and (m.last_term, m.last_index) < (raft.log.last_term, raft.log.last_index):
+            self._fail(UP_TO_DATE, seen, f"{m!r}: {raft}")
 
     def _receiving(self, seen: _Seen, m: Any, now: float) -> None:
         kind = type(m)
@@ -222,9 +301,13 @@ class Duties:
         seen.told_term = max(seen.told_term, m.term)
         if kind is AppendReply or kind is SnapshotReply:
             seen.heard[m.src] = now
+            if kind is AppendReply and m.term == seen.node.replica.raft.term and (seen.unanimous or not m.doubt):
+                seen.echoed[m.src] = max(seen.echoed.get(m.src, 0), m.round)
         elif kind is ElectionReply:
             if m.ask == seen.ask and m.answer != "leader":
                 seen.answers.add(m.src)
+        elif kind is ReadRequest:
+            seen.asked.setdefault((m.src, m.ticket), seen.round)  # it may come twice
         elif kind is TimeoutNow:
             seen.told_to_stand = True
 
@@ -239,19 +322,22 @@ class Duties:
         if raft.role is not seen.role:
             seen.role = raft.role
             seen.heard.clear()
+            seen.echoed.clear()
+            seen.asked.clear()
+            seen.round = 0
             seen.transferring = None
             seen.unanimous = False
             if raft.role is Role.LEADER:
                 rules = self._rules.seen[host.name]
                 seen.unanimous = all(m.id == raft.id or m.id in rules.votes for m in raft.config.members)
-        if raft.durable != seen.durable:
+        end = (raft.log.last_index, raft.log.last_term)
+        if raft.durable != seen.durable or end != seen.end:
             self._look_at_durable(seen)
+        if raft.config_index != seen.config_index or end[1] != seen.end[1]:
+            self._look_at_config(seen)
+        seen.end = end
         if raft.log.last_index < seen.acked and raft.role is not Role.LEADER:
             self._fail(ACK_KEPT, seen, f"{raft}, and {seen.acked} was acknowledged")
-        if raft.config_index != seen.config_index:
-            seen.config_index = raft.config_index
-            if gone := {m.id for m in raft.config.members}.intersection(raft.config.removed):
-                self._fail(GONE, seen, f"{raft}: {sorted(gone)}")
         if raft.role is Role.LEADER:
             self._look_at_leader(seen)
         if raft.doubt is not seen.doubt:
@@ -273,6 +359,17 @@ class Duties:
         seen.acked = 0
         seen.told_to_stand = False
 
+    def _look_at_read(self, seen: _Seen, src: str, ticket: int) -> None:
+        raft = seen.node.replica.raft
+        asked_at = seen.asked.pop((src, ticket), None)
+        if asked_at is None or raft.role is not Role.LEADER:
+            return
+        followed = {raft.id, *(id for id, round_ in seen.echoed.items() if round_ > asked_at)}
+        # A change may have been appended since, in the same turn.
+        in_force = [config.voters for _, config in raft._configs[-2:]]
+        if not any(2 * len(followed.intersection(voters)) > len(voters) for voters in in_force):
+            self._fail(CONFIRMED, seen, f"{raft} of {in_force}: asked in round {asked_at}, echoed {seen.echoed}")
+
     def _look_at_quorum(self, seen: _Seen, now: float) -> None:
         raft = seen.node.replica.raft
         oldest = now - 2 * raft.timing.election_timeout_s - FOLLOWED_LENIENCE_S
@@ -289,8 +386,21 @@ class Duties:
             if term is None or not self._holds(raft.id, raft.durable, term):
                 self._fail(DURABLE, seen, f"{raft}: {raft.durable}@{term} is not on disk")
 
+    def _look_at_config(self, seen: _Seen) -> None:
+        raft, at = seen.node.replica.raft, seen.node.replica.raft.config_index
+        if gone := {m.id for m in raft.config.members}.intersection(raft.config.removed):
+            self._fail(GONE, seen, f"{raft}: {sorted(gone)}")
+        if at > raft.log.base_index and (at > raft.log.last_index or raft.log.batch_at(at).config != raft.config):
+            self._fail(CONFIG_IN_LOG, seen, f"{raft} at {at}: {raft.config}")
+        changes = raft.role is Role.LEADER and at != seen.config_index and raft.log.term_at(at) == raft.term
+        if changes and raft.log.term_at(raft.commit) != raft.term:
+            self._fail(NOOP_FIRST, seen, f"{raft} at {at}: {raft.config}")
+        seen.config_index = at
+
     def _look_at_leader(self, seen: _Seen) -> None:
         raft = seen.node.replica.raft
+        if raft.id not in raft.config.voters and raft.config_index <= raft.commit:
+            self._fail(REMOVED, seen, f"{raft}: {raft.config}")
         if raft.transfer_to is None:
             seen.transferring = None
         elif seen.transferring is None:
