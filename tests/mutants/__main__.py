@@ -26,7 +26,7 @@ from tests.mutants.table import recorded, write
 
 WHERE: list[tuple[list[Mutant], list[str]]] = [
     (ELECTIONS, ["partitions", "messages"]),
-    (REPLICATION, ["messages", "partitions", "disks"]),
+    (REPLICATION, ["messages", "partitions", "disks", "freezes"]),
     (READS, ["messages", "partitions", "members"]),
     (MEMBERS, ["members", "snapshots"]),
     (DOUBT, ["rot", "members"]),

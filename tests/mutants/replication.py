@@ -114,13 +114,6 @@ REPLICATION: list[Mutant] = [
         claim="test_raft_paper.py::test_a_lost_append_is_sent_again",
     ),
     mutant(
-        "trusts the hint of a refusal too far",
-        "the leader goes on where its own log holds the hinted term, though the follower's is shorter there",
-        LEAD + "_backtrack",
-        "upto = min(m.rejected, log.last_index) - 1",
-        "upto = log.last_index",
-    ),
-    mutant(
         "a lost append is not sent again",
         "a probe that got no answer is waited for, also on a new connection",
         LEAD + "connected",
