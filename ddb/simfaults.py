@@ -201,7 +201,7 @@ def _blackout(fault: Fault, town: Town) -> Undo:
     """All machines lose their power at once, or each at its next fdatasync, and come back one by one."""
     for number, name in enumerate(town.nodes_from(fault.where)):
         back_in_s = min(fault.for_s, 2.0) * (1 + number * fault.how)
-        if fault.how < 0.3 and town.node(name) is not None:
+        if fault.how < 0.1 and town.node(name) is not None:
             town.hosts[name].crash_in, town.hosts[name].crash_only = 0, "fdatasync"
             town.back_in_s[name] = back_in_s
         else:
