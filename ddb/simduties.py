@@ -76,9 +76,8 @@ class _Seen:
     config_index: int = -1
     ask: int = -1
     answers: set[str] = field(default_factory=set)  # who answered the latest ElectionRequest, and knew of no leader
-    asked_beside: set[tuple[str, int]] = field(
-        default_factory=set
-    )  # ElectionRequests that came while a leader was heard
+    asked_beside: dict[tuple[str, int], list[bool]] = field(default_factory=dict)
+    """ElectionRequests not yet answered, by (member, ask): whether a leader was heard when each came."""
     told_term: int = 0  # the highest that it was told of
     told_to_stand: bool = False
     heard: dict[str, float] = field(default_factory=dict)  # member -> when it last answered this leader
@@ -226,9 +225,12 @@ class Duties:
                 seen.ask = m.ask  # type: ignore[union-attr]
                 seen.answers = set()
         elif kind is ElectionReply:
-            # (One of an older term has waited for the disk: it was right when it was said.)
-            if m.term == raft.term and m.answer == "yield" and (m.dst, m.ask) in seen.asked_beside:  # type: ignore[union-attr]
+            # (It may have waited for the disk: what counts is what was heard when the question came.)
+            waiting = seen.asked_beside.pop((m.dst, m.ask), [False])  # type: ignore[union-attr]
+            if waiting[0] and m.answer == "yield":  # type: ignore[union-attr]
                 self._fail(NOT_BESIDE, seen, f"{m!r}: {raft}")
+            if waiting[1:]:
+                seen.asked_beside[m.dst, m.ask] = waiting[1:]  # type: ignore[union-attr]
         elif kind is Append:
             if m.term == raft.term and m.round > seen.round:  # type: ignore[union-attr]
                 seen.round = m.round  # type: ignore[union-attr]
@@ -293,10 +295,8 @@ class Duties:
     def _receiving(self, seen: _Seen, m: Any, now: float) -> None:
         kind = type(m)
         if kind is ElectionRequest:
-            if seen.node.replica.raft.hears_leader(now):
-                seen.asked_beside.add((m.src, m.ask))
-            else:
-                seen.asked_beside.discard((m.src, m.ask))
+            beside = seen.node.replica.raft.hears_leader(now)
+            seen.asked_beside.setdefault((m.src, m.ask), []).append(beside)
             return
         seen.told_term = max(seen.told_term, m.term)
         if kind is AppendReply or kind is SnapshotReply:
