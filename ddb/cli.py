@@ -26,21 +26,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import ddb
-from ddb import overview, wire
+from ddb import options, overview, wire
 from ddb.client import Client, connect, next_page
 from ddb.errors import DdbError, Unreachable
+from ddb.options import TIMEOUT_S, VERIFY_TIMEOUT_S
 from ddb.progress import Progress
-from ddb.settings import USAGE, OneLineParser, seconds, whole
-from ddb.workload import MIX, Fault, mix_shown, parse_faults, parse_mix
+from ddb.settings import USAGE, OneLineParser
 
-DEFAULT_SERVER: Final = "127.0.0.1:8050"
 OK, ERROR, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 3, 4, 5, 130, 141
-REVISION_MAX: Final = (1 << 63) - 1
 UNREACHABLE_S: Final = 1.0
 PAGE_ITEMS: Final = 1000  # asked for at once
-UP_DIRECTORY: Final = "ddb-data"
-TIMEOUT_S: Final = 5.0
-VERIFY_TIMEOUT_S: Final = 1.0  # of one operation
 
 EXIT_CODES = """exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 condition not met,
             5 no leader or unreachable, 6 outcome unknown (the write may have happened)"""
@@ -82,6 +77,8 @@ def _run(args: argparse.Namespace) -> int:
         args.timeout = VERIFY_TIMEOUT_S if args.command == "verify" else TIMEOUT_S
     if args.command == "verify":
         return _verify(args)
+    if args.command == "bench":
+        return _bench(args)
     if args.command == "up":
         from ddb import up  # it needs the machinery of processes, which others don't
 
@@ -309,6 +306,20 @@ def _verify(args: argparse.Namespace) -> int:
     return findings.exit_code
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from ddb import benchmark
+
+    settings = benchmark.Settings(
+        tuple(_addresses(args.server)), args.seconds, args.clients, args.value_size, args.keys, args.timeout
+    )
+    with Progress(sys.stderr) as progress:
+        report = benchmark.run(settings, progress.show)
+    _print_json(report.to_json()) if args.json else print("\n".join(report.lines(overview.wants_colour(sys.stdout))))
+    if report.trouble:
+        _complain(report.trouble)
+    return report.exit_code
+
+
 def _can_be_written(path: Path) -> bool:
     place = path if path.exists() else path.parent
     return os.access(place, os.W_OK) and not path.is_dir()
@@ -334,13 +345,13 @@ def _sim(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     seed = secrets.randbelow(1 << 32) if args.seed is None else args.seed
-    options = simreport.Options(seed, args.nodes, args.election, args.steps, faults, args.until, kept)
+    asked = simreport.Options(seed, args.nodes, args.election, args.steps, faults, args.until, kept)
     say = (lambda line: None) if args.json else print
     with Progress(sys.stderr) as progress:
         if args.seeds > 1:
-            tally = simreport.many(options, args.seeds, args.jobs, say, progress.show)
+            tally = simreport.many(asked, args.seeds, args.jobs, say, progress.show)
         else:
-            tally = simreport.one(options, say, args.trace, args.minimize, progress.show)
+            tally = simreport.one(asked, say, args.trace, args.minimize, progress.show)
     if args.json:
         _print_json(tally.to_json())
     return ERROR if tally.failures else OK
@@ -447,221 +458,57 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
 # ------------------------------------------------------------ the parser
 
 
-def _any_integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
-
-
-def _common(parser: argparse.ArgumentParser, top: bool, timeout_s: float = TIMEOUT_S) -> None:
-    """The options that stand before or after the command; after it they only count when they are given."""
-
-    def default(value: Any) -> Any:
-        return value if top else argparse.SUPPRESS
-
-    server = os.environ.get("DDB_SERVER") or DEFAULT_SERVER
-    parser.add_argument(
-        "--server",
-        metavar="HOST:PORT[,…]",
-        default=default(server),
-        help=f"the nodes to ask, the first that answers (DDB_SERVER, else {DEFAULT_SERVER})",
-    )
-    parser.add_argument("--json", action="store_true", default=default(False), help="print the whole reply as JSON")
-    parser.add_argument(
-        "--timeout",
-        metavar="S",
-        type=seconds(0.001, 1e6),
-        default=default(None),
-        help=f"seconds to try ({timeout_s:g})",
-    )
-
-
-def _condition_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("only if (all that are given must hold)")
-    group.add_argument(
-        "--if-rev", metavar="N", type=whole(0, REVISION_MAX), help="its revision is N (0: there is none)"
-    )
-    group.add_argument(
-        "--if-version", metavar="N", type=whole(0, REVISION_MAX), help="it was changed N times since it was created"
-    )
-    group.add_argument("--if-value", metavar="V", help="its value is V (of the same --type)")
-    either = group.add_mutually_exclusive_group()
-    either.add_argument("--if-absent", action="store_true", help="there is no such key")
-    either.add_argument("--if-exists", action="store_true", help="there is such a key")
-
-
-def _type_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--type", choices=("text", "json", "bytes"), default="text", help="how to take the value (text)"
-    )
-
-
-def _read_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stale", action="store_true", help="the asked node's own state, without a round trip")
-    parser.add_argument("--max-lag", metavar="S", type=seconds(0.001, 1e6), help="with --stale: fail where it is older")
-
-
-def _range_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
-    parser.add_argument("--start", metavar="KEY", help="keys from this one on")
-    parser.add_argument("--end", metavar="KEY", help="keys below this one")
-
-
-def _put_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY")
-    parser.add_argument("value", metavar="VALUE", help="the value; - reads it from standard input")
-    _type_option(parser)
-    _condition_options(parser)
-
-
-def _get_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY")
-    _read_options(parser)
-
-
-def _del_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY")
-    _type_option(parser)
-    _condition_options(parser)
-
-
-def _scan_options(parser: argparse.ArgumentParser) -> None:
-    _range_options(parser)
-    parser.add_argument(
-        "--limit", metavar="N", type=whole(1, REVISION_MAX), help="at most N items (all when not given)"
-    )
-    parser.add_argument("--reverse", action="store_true", help="the last key first")
-    parser.add_argument("--keys-only", action="store_true", help="without the values")
-    _read_options(parser)
-
-
-def _count_options(parser: argparse.ArgumentParser) -> None:
-    _range_options(parser)
-    _read_options(parser)
-
-
-def _incr_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", metavar="KEY")
-    parser.add_argument("by", metavar="BY", nargs="?", type=_any_integer, default=1, help="how much to add (1)")
-
-
-def _txn_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "txn", metavar="TXN", nargs="?", default="-", help="a JSON object, a file that holds one, or - (standard input)"
-    )
-
-
-def _name_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="the member's name or id")
-
-
-def _transfer_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("to", metavar="NAME", nargs="?", help="the voter to lead (the most up-to-date when left out)")
-
-
-def _log_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--from", metavar="N", dest="from_", type=whole(1, REVISION_MAX), help="the first index to show"
-    )
-    parser.add_argument(
-        "--limit", metavar="N", type=whole(1, REVISION_MAX), default=100, help="at most N entries (100)"
-    )
-
-
-def _up_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", metavar="N", type=whole(1, 99), help="how many nodes (as many as DIR holds, else 3)")
-    parser.add_argument("--dir", metavar="DIR", default=UP_DIRECTORY, help=f"data and logs ({UP_DIRECTORY})")
-    parser.add_argument("--host", default="127.0.0.1", help="the address that all listen on (127.0.0.1)")
-    parser.add_argument(
-        "--port", metavar="P", type=whole(0, 65535), default=8050, help="of n1; n2 gets P+1, … (8050; 0: any)"
-    )
-    parser.add_argument("--registry-port", metavar="P", type=whole(0, 65535), help="of the registry (one below --port)")
-    parser.add_argument("--election", choices=("bully", "raft"), help="how a new cluster elects (bully)")
-    parser.add_argument(
-        "--ready-timeout", metavar="S", type=seconds(0.001, 1e6), default=30.0, help="seconds to wait for a leader (30)"
-    )
-
-
-def _verify_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", metavar="S", type=seconds(0.1, 1e6), default=10.0, help="of load (10)")
-    parser.add_argument("--clients", metavar="N", type=whole(1, 256), default=8, help="that ask at the same time (8)")
-    parser.add_argument(
-        "--keys", metavar="N", type=whole(1, 3000), help="in use at a time (6, or more for many clients)"
-    )
-    parser.add_argument(
-        "--rate", metavar="N", type=whole(1, 1_000_000), default=1000, help="operations a second, at most (1000)"
-    )
-    parser.add_argument(
-        "--mix", metavar="OP=N,…", type=parse_mix, default=MIX, help=f"how often what is asked ({mix_shown(MIX)})"
-    )
-    parser.add_argument("--seed", metavar="N", type=whole(0, REVISION_MAX), help="draw the same lots again")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="draw a counter-example there, if there is one")
-    group = parser.add_argument_group("with faults (on a cluster of its own, in a temporary directory)")
-    group.add_argument(
-        "--faults", metavar="LIST", nargs="?", type=parse_faults, const=tuple(Fault),
-        help="harm one node after another: kill, stop, restart (all when only --faults)",
-    )  # fmt: skip
-    group.add_argument("--nodes", metavar="N", type=whole(3, 9), default=3, help="how many nodes it has (3)")
-    group.add_argument("--election", choices=("bully", "raft"), help="how it elects (bully)")
-
-
-def _sim_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", metavar="N", type=whole(0, REVISION_MAX), help="of all chance (drawn when not given)")
-    parser.add_argument("--seeds", metavar="N", type=whole(1, 1 << 40), default=1, help="so many, from --seed on (1)")
-    parser.add_argument("--jobs", metavar="N", type=whole(1, 256), default=1, help="processes for many seeds (1)")
-    parser.add_argument("--nodes", metavar="N", type=whole(3, 7), help="3 to 7 (the seed draws them)")
-    parser.add_argument("--election", choices=("bully", "raft"), help="how they elect (the seed draws it)")
-    parser.add_argument(
-        "--steps", metavar="N", type=whole(1, 1 << 40), help="heal after so many (30 simulated seconds)"
-    )
-    parser.add_argument("--faults", metavar="LIST", help="the kinds that may strike, or none (the seed draws them)")
-    parser.add_argument("--keep", metavar="LIST", help="only these of the schedule's faults, by their numbers from 0")
-    parser.add_argument("--trace", action="store_true", help="show all that happens")
-    parser.add_argument("--until", metavar="STEP", type=whole(1, 1 << 40), help="end there, and show every node")
-    parser.add_argument("--minimize", action="store_true", help="leave out faults as long as the same rule is broken")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-
-
-def _none(parser: argparse.ArgumentParser) -> None:
-    """A command without arguments of its own."""
-
-
 _Run = Callable[[Client, argparse.Namespace], int]
 _COMMANDS: dict[str, tuple[_Run | None, Callable[[argparse.ArgumentParser], None], str, str]] = {
-    "up": (None, _up_options, "run a whole cluster on this machine until Ctrl-C", "ddb up --nodes 5 --dir /tmp/five"),
-    "put": (_put, _put_options, "set a key to a value", "ddb put city Oslo"),
-    "get": (_get, _get_options, "show the value of a key", "ddb get city"),
-    "del": (_delete, _del_options, "delete a key", "ddb del city --if-rev 12"),
-    "scan": (_scan, _scan_options, "list keys and values in the order of the keys", "ddb scan user/ --limit 10"),
-    "count": (_count, _count_options, "count keys", "ddb count user/"),
-    "incr": (_incr, _incr_options, "add to an integer", "ddb incr visits 5"),
+    "up": (
+        None,
+        options.up_options,
+        "run a whole cluster on this machine until Ctrl-C",
+        "ddb up --nodes 5 --dir /tmp/five",
+    ),
+    "put": (_put, options.put_options, "set a key to a value", "ddb put city Oslo"),
+    "get": (_get, options.get_options, "show the value of a key", "ddb get city"),
+    "del": (_delete, options.del_options, "delete a key", "ddb del city --if-rev 12"),
+    "scan": (_scan, options.scan_options, "list keys and values in the order of the keys", "ddb scan user/ --limit 10"),
+    "count": (_count, options.count_options, "count keys", "ddb count user/"),
+    "incr": (_incr, options.incr_options, "add to an integer", "ddb incr visits 5"),
     "txn": (
         _txn,
-        _txn_options,
+        options.txn_options,
         "do several operations at once, under conditions",
         """ddb txn '{"if":[{"key":"a","exists":true}],"then":[{"op":"delete","key":"a"}]}'""",
     ),
-    "status": (_status, _none, "ask every member how it is", "ddb status"),
-    "members": (_members, _none, "list the members as the leader sees them", "ddb members"),
-    "remove": (_remove, _name_option, "remove a member for good", "ddb remove n3"),
-    "promote": (_promote, _name_option, "make a learner a voter", "ddb promote n4"),
-    "transfer": (_transfer, _transfer_options, "hand leadership to another voter", "ddb transfer n2"),
-    "snapshot": (_snapshot, _none, "have the asked node write a checkpoint now", "ddb snapshot"),
-    "log": (_log, _log_options, "show the replicated log as the asked node keeps it", "ddb log --from 10 --limit 5"),
+    "status": (_status, options.none, "ask every member how it is", "ddb status"),
+    "members": (_members, options.none, "list the members as the leader sees them", "ddb members"),
+    "remove": (_remove, options.name_option, "remove a member for good", "ddb remove n3"),
+    "promote": (_promote, options.name_option, "make a learner a voter", "ddb promote n4"),
+    "transfer": (_transfer, options.transfer_options, "hand leadership to another voter", "ddb transfer n2"),
+    "snapshot": (_snapshot, options.none, "have the asked node write a checkpoint now", "ddb snapshot"),
+    "log": (
+        _log,
+        options.log_options,
+        "show the replicated log as the asked node keeps it",
+        "ddb log --from 10 --limit 5",
+    ),
     "verify": (
         None,
-        _verify_options,
+        options.verify_options,
         "see whether what clients are told is linearizable (exit code 0) or not (1)",
         "ddb verify --faults",
     ),
     "sim": (
         None,
-        _sim_options,
+        options.sim_options,
         "simulate a cluster, its clients and all that can go wrong, from one seed (exit code 1: a rule was broken)",
         "ddb sim --seed 7 --nodes 3 --trace",
     ),
-    "ping": (_ping, _none, "see whether a node answers", "ddb ping --server 127.0.0.1:8051"),
+    "bench": (
+        None,
+        options.bench_options,
+        "measure how fast the cluster answers, with keys of its own that it removes again",
+        "ddb bench --clients 16 --seconds 5",
+    ),
+    "ping": (_ping, options.none, "see whether a node answers", "ddb ping --server 127.0.0.1:8051"),
 }
 
 
@@ -672,17 +519,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"ddb {ddb.__version__}")
-    _common(parser, top=True)
+    options.common(parser, top=True)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=OneLineParser)
-    for name, (run, options, summary, example) in _COMMANDS.items():
+    for name, (run, add_options, summary, example) in _COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=summary,
             description=summary[0].upper() + summary[1:] + ".",
             epilog=f"example: {example}\n\n{EXIT_CODES}",
         )
-        options(sub)
+        add_options(sub)
         if name not in ("up", "sim"):
-            _common(sub, top=False, timeout_s=VERIFY_TIMEOUT_S if name == "verify" else TIMEOUT_S)
+            options.common(sub, top=False, timeout_s=VERIFY_TIMEOUT_S if name == "verify" else TIMEOUT_S)
         sub.set_defaults(run=run)
     return parser

@@ -30,7 +30,6 @@ import contextlib
 import random
 import secrets
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -38,16 +37,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from ddb import overview, up
 from ddb.checker import check
 from ddb.client import Client, connect
-from ddb.errors import DdbError, Internal, Timeout, Unreachable, WrongCluster
+from ddb.errors import DdbError, Timeout, Unreachable, WrongCluster
 from ddb.findings import Findings
 from ddb.history import BadHistory, Operation, Outcome
 from ddb.nemesis import Nemesis
+from ddb.scratch import Interrupts, remove_all
 from ddb.workload import KEYS_OF_FAMILY, MIX, Family, Fault, Request, Script
 
 OPERATION_S: Final = 1.0
@@ -104,7 +103,7 @@ def run(settings: Settings, watch: Watch) -> Findings:
     """
     seed = secrets.randbelow(1 << 32) if settings.seed is None else settings.seed
     findings = Findings(seed, f"verify/{secrets.token_hex(4)}/")
-    with _Interrupts() as interrupts:
+    with Interrupts() as interrupts:
         if settings.faults:
             _with_own_cluster(settings, findings, interrupts, watch)
         else:
@@ -114,7 +113,7 @@ def run(settings: Settings, watch: Watch) -> Findings:
     return findings
 
 
-def _with_own_cluster(settings: Settings, findings: Findings, interrupts: _Interrupts, watch: Watch) -> None:
+def _with_own_cluster(settings: Settings, findings: Findings, interrupts: Interrupts, watch: Watch) -> None:
     """Run against a cluster that is started for it. Its directory stays if it is evidence."""
     directory = Path(tempfile.mkdtemp(prefix="ddb-verify-"))
     wanted = up.Settings(directory, settings.nodes, port=0, election=settings.election, throwaway=True)
@@ -161,7 +160,7 @@ class _Run:
         settings: Settings,
         addresses: list[str],
         findings: Findings,
-        interrupts: _Interrupts,
+        interrupts: Interrupts,
         watch: Watch,
         nemesis: Nemesis | None = None,
     ) -> None:
@@ -441,11 +440,11 @@ class _Keys:
         return family
 
 
-# --------------------------------------------------------- scratch, signals
+# ------------------------------------------------------------------ scratch
 
 
 @contextlib.contextmanager
-def _scratch(addresses: list[str], findings: Findings, interrupts: _Interrupts) -> Iterator[None]:
+def _scratch(addresses: list[str], findings: Findings, interrupts: Interrupts) -> Iterator[None]:
     """Remove all keys under the scratch prefix in the end. One Ctrl-C doesn't hinder that."""
     try:
         yield
@@ -453,62 +452,8 @@ def _scratch(addresses: list[str], findings: Findings, interrupts: _Interrupts) 
         with interrupts.noted():
             try:
                 with connect(addresses, discover=False, timeout_s=PATIENCE_S) as client:
-                    _remove_all(client, findings.prefix)
+                    remove_all(client, findings.prefix, PATIENCE_S)
             except DdbError as error:
                 findings.fail(
                     f"The keys under {findings.prefix} could not be removed: {error.message}", error.exit_code
                 )
-
-
-def _remove_all(client: Client, prefix: str) -> None:
-    """Delete all keys that begin with `prefix`. An unknown outcome is no matter: what is left is seen, and deleted."""
-    deadline_s = time.monotonic() + 2 * PATIENCE_S
-    while True:
-        try:
-            page = client.call({"op": "scan", "prefix": prefix, "keys_only": True})
-            keys = [item["key"] for item in page["items"]]
-            if not keys:
-                return
-            client.batch([{"op": "delete", "key": key} for key in keys])
-        except (KeyError, TypeError):
-            raise Internal("the answer is none; is it a ddb server?") from None
-        except DdbError as error:
-            if error.definite or time.monotonic() > deadline_s:
-                raise
-        if time.monotonic() > deadline_s:
-            raise Unreachable(f"after {2 * PATIENCE_S:g} s there were still some.")
-
-
-class _Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP: raise KeyboardInterrupt, but the first one while they are `noted`."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._noting = False
-        self._before: dict[int, signal._HANDLER] = {}
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """While this lasts, the first signal only sets `asked`."""
-        self._noting = True
-        try:
-            yield
-        finally:
-            self._noting = False
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self._noting:
-            raise KeyboardInterrupt
-        self._noting = False
-        self.asked = True
