@@ -25,12 +25,14 @@ from ddb.errors import StartupError
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who a node is. `founding` is the configuration of a cluster that this node was granted to begin, until that stands in
-    its log. `born`: the log has been made, so one that is missing later was lost."""
+    its log. `born`: the log has been made, so one that is missing later was lost. `members` are the ids of the members, as
+    the log named them last: should it lose its end, that must not be forgotten with it (raft.py, unanimity)."""
 
     id: str
     cluster: str | None = None
     founding: dict[str, Any] | None = None
     born: bool = False
+    members: tuple[str, ...] = ()
 
 
 class DataDirectory:
@@ -110,7 +112,8 @@ def _read_identity(path: Path, disk: Disk, new_id: Callable[[], str]) -> Identit
     except (OSError, UnicodeDecodeError) as error:
         raise StartupError(f"{path / 'identity.json'} can't be read: {error}.") from error
     try:
-        identity = Identity(**json.loads(text))
+        fields = json.loads(text)
+        identity = Identity(**{**fields, "members": tuple(fields.get("members", ()))})
         if type(identity.id) is not str or not identity.id:
             raise ValueError("no id")
     except (TypeError, ValueError) as error:

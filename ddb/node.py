@@ -165,6 +165,8 @@ class Node:
         )  # fmt: skip
         self._closing.append(self.sync.close)
         self.replica.snapshots = self.sync
+        self.replica.remember = self._remember
+        raft.remembered = frozenset(self.data.identity.members)
         self.replica.push = self.loop.flush
         log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
 
@@ -278,8 +280,8 @@ class Node:
         self.peers.send(message)
 
     def _keep_peers(self) -> None:
-        wanted = {m.id for m in self.replica.raft.config.members} | self.peers.introduced().keys()
         raft = self.replica.raft
+        wanted = {m.id for m in raft.config.members} | raft.remembered | self.peers.introduced().keys()
         if self._registry_cluster is not None and (
             raft.config.member(self.id) is None or not raft.hears_leader(self.now())
         ):
@@ -320,6 +322,8 @@ class Node:
         if raft.commit != self._expelled_at:
             self._expelled_at = raft.commit
             self._expel(raft.config_at(raft.commit))
+            if not raft.doubt:
+                self._remember_all(raft.members_in_force)
         if self.data.identity.founding is not None and raft.commit >= 1 and now >= self._next_identity_at:
             self._settle_identity(now)
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
@@ -334,6 +338,16 @@ class Node:
             log.info("%r%s", self, f", led by {leader.name}" if leader and leader.id != self.id else "")
         if self._leave_phase:
             self._leave(now)
+
+    def _remember(self, config: Configuration) -> None:
+        """`config` is about to go to the log."""
+        self._remember_all(self.replica.raft.remembered.union([m.id for m in config.members]))
+
+    def _remember_all(self, ids: frozenset[str]) -> None:
+        """Know these members even if the log loses its end: alone with an old log, this node would take itself for all."""
+        if ids != self.replica.raft.remembered:
+            self.data.change(members=tuple(sorted(ids)))
+            self.replica.raft.remembered = ids
 
     def _settle_identity(self, now: float) -> None:
         """The cluster stands in the log; its founding need not be remembered. That can wait for room on the disk."""

@@ -122,6 +122,7 @@ class Raft:
         self.durable = log.last_index
         self.digest: tuple[int, int] | None = None  # the state machine's (index, digest), sent with heartbeats
         self.may_stand = True  # False on a member that could not serve as leader, with a full disk for example
+        self.remembered: frozenset[str] = frozenset()  # members named by entries that the log may have lost (node.py)
         self._configs = [(log.base_index, config)]
         self._configs += [(b.first, b.config) for b in log.batches() if b.config]
         self._emitted = self.commit  # committed entries up to here were handed out for applying
@@ -154,6 +155,12 @@ class Raft:
     def config_index(self) -> int:
         """Where the newest configuration stands."""
         return self._configs[-1][0]
+
+    @property
+    def members_in_force(self) -> frozenset[str]:
+        """Everybody named by the committed configuration, or by one after it."""
+        configs = [config for index, config in self._configs if index > self.commit]
+        return frozenset(m.id for config in [self.config_at(self.commit), *configs] for m in config.members)
 
     def config_at(self, index: int) -> Configuration:
         """The configuration in force at `index`, for a snapshot there."""
@@ -447,10 +454,9 @@ class Raft:
         self.leader = None
         self._votes = {}
         self._refusals = set()
-        for member in self.config.members:  # learners too, for unanimity
-            if member.id != self.id:
-                last = (self.log.last_index, self.log.last_term)
-                self.send(VoteRequest(self.id, member.id, self.term, *last, transfer), durable=True)
+        for id in sorted(self._everybody - {self.id}):  # learners too, for unanimity
+            last = (self.log.last_index, self.log.last_term)
+            self.send(VoteRequest(self.id, id, self.term, *last, transfer), durable=True)
 
     def _follow_term(self, term: int, now: float) -> None:
         """A higher term was seen: follow, whoever leads it (§5.1)."""
@@ -523,14 +529,18 @@ class Raft:
     @property
     def _is_unanimous(self) -> bool:
         """Whether every voter has voted for this candidate, and every learner: it may have become a voter by an entry
-        that was forgotten."""
-        return all(m.id in self._votes for m in self.config.members)
+        that was forgotten. So may somebody whom the log, as it is now, does not name at all: see `remembered`."""
+        return self._votes.keys() >= self._everybody
+
+    @property
+    def _everybody(self) -> frozenset[str]:
+        """Every member that this one may know of: by its log, and by what it remembers beside that."""
+        return self.remembered.union([m.id for m in self.config.members])
 
     def _may_still_win(self) -> bool:
         """Whether so few have refused that a majority is in reach, and somebody is connected who has not answered yet."""
         voters = self.config.voters
-        members = [m.id for m in self.config.members]
-        unanswered = self._connected.intersection(members).difference(self._votes, self._refusals)
+        unanswered = self._connected.intersection(self._everybody).difference(self._votes, self._refusals)
         return bool(unanswered) and 2 * len(self._refusals.intersection(voters)) < len(voters)
 
     def _lead(self, now: float) -> None:

@@ -184,6 +184,8 @@ class Replica:
         # What was sent leaves now: before the journal's thread wakes up, and competes for the interpreter with each
         # system call that sends. The followers' disks are the longer way. A lone put takes a fifth less time for it.
         self.push: Callable[[], None] = lambda: None
+        # Called before a configuration goes to the log: so it is remembered longer than the log may be.
+        self.remember: Callable[[Configuration], None] = lambda config: None
         self.diverged = False  # the state here is known to be wrong: nothing is answered from it
         self.read_only = False  # the disk here is full: see `full`
         self._journal = journal
@@ -462,6 +464,9 @@ class Replica:
             # A follower saves a lone entry here and now: to hand it to the writer's thread, and to be woken by it,
             # takes as long as the fdatasync itself. A leader has better to do meanwhile.
             lone = len(ready.batches) == 1 and ready.batches[0].first == ready.batches[0].last and not self.is_leader
+            for batch in ready.batches:
+                if batch.config is not None:
+                    self.remember(batch.config)
             ticket = self._journal.save(ready.hard_state, ready.batches, ready.reset, in_place=lone)
             last = ready.batches[-1] if ready.batches else None
             index, term = (last.last, last.term) if last else (0, 0)

@@ -225,6 +225,29 @@ def test_a_doubt_ends_when_what_ends_it_is_on_disk(election: str) -> None:
     assert not raft.doubt
 
 
+def test_one_that_forgot_that_it_is_not_alone_asks_whom_it_remembers(election: str) -> None:
+    """Its log lost every entry that names another, also as a learner. What it knows beside its log is not forgotten."""
+    net = led_by("n1", 1, election)
+    before = net["n1"].log.last_index
+    net.join("n2")
+    for voter in (False, True):
+        net.change(net["n1"].config.with_member(Member("n2", "n2", "n2", voter)))
+        net.run(0.3)
+    batch = net.put()
+    net.run(0.3)
+    assert net["n1"].members_in_force == {"n1", "n2"}
+    net.crash("n2")
+    net.crash("n1", forget=batch.last - before)
+    net.start("n1")
+    assert [m.id for m in net["n1"].config.members] == ["n1"]
+    net["n1"].remembered = frozenset({"n1", "n2"})
+    assert not net.run(10.0, lambda: net.leader is not None)
+    net.start("n2")
+    assert net.run(10.0, lambda: net.leader == "n2")
+    assert net.run(2.0, lambda: net["n1"].commit > batch.last and not net["n1"].doubt)
+
+
+@pytest.mark.parametrize("election", ["bully", "raft"])
 def test_a_lone_voter_in_doubt_asks_its_learners(election: str) -> None:
     """It may have forgotten the entry that made one of them a voter, and what the two have committed since."""
     net = led_by("n1", 1, election, learners=["n2"])
