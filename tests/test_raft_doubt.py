@@ -247,7 +247,6 @@ def test_one_that_forgot_that_it_is_not_alone_asks_whom_it_remembers(election: s
     assert net.run(2.0, lambda: net["n1"].commit > batch.last and not net["n1"].doubt)
 
 
-@pytest.mark.parametrize("election", ["bully", "raft"])
 def test_a_lone_voter_in_doubt_asks_its_learners(election: str) -> None:
     """It may have forgotten the entry that made one of them a voter, and what the two have committed since."""
     net = led_by("n1", 1, election, learners=["n2"])
