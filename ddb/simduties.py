@@ -57,6 +57,7 @@ CONFIRMED: Final = "a read is confirmed by a majority that followed the leader a
 CONFIG_IN_LOG: Final = "the configuration in force is the newest in the log (dissertation §4.1)"
 REMOVED: Final = "a leader whose removal is committed steps down (dissertation §4.2.2)"
 NOOP_FIRST: Final = "the members change after an entry of the leader's own term is committed (raft-dev, 2015)"
+NO_MORE: Final = "a snapshot knows no more than the log on the same disk (sync.py)"
 DOUBTED: Final = "who is in doubt commits nothing (raft.py)"
 DOUBT_ENDS: Final = "a doubt ends when all is there that was committed when it began (raft.py)"
 FOLLOWED_LENIENCE_S: Final = 1.0  # beside two time-outs
@@ -240,7 +241,9 @@ class Duties:
             target = self._raft_of(m.dst)
             if m.dst not in raft.config.voters:
                 self._fail(HANDED_TO, seen, f"{m!r}: {raft}, {raft.config.voters}")
-            elif target is not None and target.term == m.term and target.durable < raft.log.last_index:  # type: ignore[union-attr]
+            elif target is None or target.doubt or target.term != m.term:  # type: ignore[union-attr]
+                pass  # it has started anew meanwhile, and may have lost what it had
+            elif target.durable < raft.log.last_index:
                 self._fail(HANDED_TO, seen, f"{m!r}: {raft}, {target}")
 
     def _raft_of(self, id: str) -> Raft | None:
@@ -340,6 +343,7 @@ class Duties:
             self._fail(ACK_KEPT, seen, f"{raft}, and {seen.acked} was acknowledged")
         if raft.role is Role.LEADER:
             self._look_at_leader(seen)
+        self._look_at_checkpoint(seen)
         if raft.doubt is not seen.doubt:
             if raft.doubt:
                 seen.doubt_since = self._rules.committed
@@ -414,6 +418,14 @@ class Duties:
             self._fail(DOUBTED, seen, f"{raft} of {raft.config.voters}")
 
     # -- snapshots
+
+    def _look_at_checkpoint(self, seen: _Seen) -> None:
+        node = seen.node
+        store: Any = node.replica.machine.table
+        if store.checkpointing and node.sync._begun is None:  # so it is being written
+            applied, end = store._checkpoint.meta.applied, node.journal.last[0]
+            if applied > end:
+                self._fail(NO_MORE, seen, f"{applied} is in it, and the log on disk ends at {end}: {node.replica.raft}")
 
     def _are_sure(self, seen: _Seen, voters: tuple[str, ...]) -> bool:
         """Whether a majority of `voters` has acknowledged what is committed, and was not in doubt."""
