@@ -17,9 +17,11 @@ from __future__ import annotations
 import gc
 import logging
 import random
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from ddb.agenda import Agenda
@@ -126,6 +128,10 @@ class Simulation:
             violation = found
         except InvariantError as error:
             violation = Violation(LAWFUL, "?", str(error))
+        except Exception as error:  # whatever a handler lets out is a bug, and is replayed like any other
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno} of {Path(where.filename).name})"
+            violation = Violation(LAWFUL, "?", what)
         town = self.town
         return Result(
             self.options,

@@ -304,6 +304,10 @@ class Rules:
 
     def _saving(self, seen: _Seen, batches: Any) -> None:
         log = seen.node.replica.raft.log
+        if batches and batches[0].first <= seen.node.journal.last[0]:  # a suffix is cut: it is held here no more
+            for (last, _), holders in self.holders.items():
+                if last >= batches[0].first:
+                    holders.discard(seen.node.id)
         for batch in batches:
             before = log.term_at(batch.first - 1)
             if before is None or log.term_at(batch.last) != batch.term:

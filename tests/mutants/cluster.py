@@ -16,11 +16,12 @@ CLUSTER: list[Mutant] = [
         claim="test_kv.py::test_a_txn_that_fails_halfway_has_changed_nothing",
     ),
     mutant(
-        "one condition of several is enough",
-        "a put whose conditions hold in part is done",
+        "a condition is not looked at",
+        "a put is done whether its conditions hold or not",
         KV + "_put",
-        "not all(holds",
-        "not any(holds",
+        'if options and not all(holds(self.table, condition) for condition in options[0]["if"]):',
+        "if False:",
+        claim="test_kv.py::test_a_put_whose_condition_fails_says_what_is_there",
     ),
     mutant(
         "a digest that forgets what was deleted",

@@ -154,7 +154,7 @@ STORAGE: list[Mutant] = [
         "ddb.snapshot:connect",
         'f"PRAGMA synchronous={SYNCHRONOUS}"',
         '"PRAGMA synchronous=OFF"',
-        claim="test_store.py::test_a_commit_is_fsynced",
+        claim="test_store_crash.py::test_a_crash_at_every_change_of_a_checkpoint_leaves_the_old_one_or_the_new",
     ),
     mutant(
         "SQLite's applied index committed apart from its data",
@@ -162,6 +162,7 @@ STORAGE: list[Mutant] = [
         "ddb.store:Checkpoint.write",
         'snapshot.write_meta(connection, self.meta)\n            connection.execute("COMMIT")',
         'connection.execute("COMMIT")\n            snapshot.write_meta(connection, self.meta)',
+        claim="test_store_crash.py::test_a_crash_at_every_change_of_a_checkpoint_leaves_the_old_one_or_the_new",
     ),
     mutant(
         "an installed snapshot's name is not durable",
@@ -169,7 +170,7 @@ STORAGE: list[Mutant] = [
         "ddb.snapshot:put_in_place",
         "disk.rename(new, path)\n    fsync_directory(disk, path.parent)",
         "disk.rename(new, path)",
-        claim="test_store.py::test_a_crash_during_an_install_leaves_the_old_file_or_the_new",
+        claim="test_store_crash.py::test_a_crash_at_every_change_of_an_install_leaves_the_old_state_or_the_new",
     ),
     mutant(
         "a snapshot is installed unverified",
@@ -180,13 +181,7 @@ STORAGE: list[Mutant] = [
         "ddb.snapshot:check_copy",
         "for _ in verify(connection, path, gently=True):\n            pass",
         "pass",
-    ),
-    mutant(
-        "a snapshot's chunk is taken at any offset",
-        "a chunk that comes twice, or out of order, is appended all the same",
-        "ddb.sync:Sync._on_chunk",
-        "if m.offset == receiving.received and receiving.handle is not None:\n        write_all(self._disk, receiving.handle, m.data, m.offset)",
-        "if receiving.handle is not None:\n        write_all(self._disk, receiving.handle, m.data, receiving.received)",
+        claim="test_store_crash.py::test_a_received_copy_with_a_changed_byte_is_refused",
     ),
     mutant(
         "a row's checksum is not compared",
