@@ -45,6 +45,7 @@ CLUSTER: list[Mutant] = [
         "ddb.peers:Peers._encode",
         "same = (m.term, m.prev_index, m.commit, m.round, m.batches, m.digest, m.confirmed)",
         "same = (m.term, m.prev_index, m.commit, m.round, m.batches, m.digest)",
+        claim="test_peers.py::test_each_follower_is_told_its_own_though_bytes_are_shared",
     ),
     mutant(
         "the same entries for all followers",
@@ -52,6 +53,7 @@ CLUSTER: list[Mutant] = [
         "ddb.peers:Peers._encode",
         "same = (m.term, m.prev_index, m.commit, m.round, m.batches, m.digest, m.confirmed)",
         "same = (m.term, m.commit, m.round, len(m.batches), m.digest, m.confirmed)",
+        claim="test_peers.py::test_each_follower_is_told_its_own_though_bytes_are_shared",
     ),
     mutant(
         "every append confirms",
@@ -128,13 +130,6 @@ CLUSTER: list[Mutant] = [
         "ddb.leadership:Leadership.advance_commit",
         "voters = self._member.config.voters",
         "voters = self._member.config.voters\n    voters = [v for v in voters if v in getattr(self._member, '_registered', voters)]",
-    ),
-    mutant(
-        "founds before it is written down",
-        "after a crash, a node that was granted a cluster does not know that it began it",
-        "ddb.node:Node._found",
-        "self.data.change(cluster=cluster, founding=config.to_json())",
-        "pass",
     ),
     mutant(
         "client takes a time-out for a failure",
