@@ -94,11 +94,11 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A figure for an axis: 10 k, 1 M."""
+    """A figure for an axis: 1,024, 10 k, 1 M."""
     for size, unit in ((1e6, " M"), (1e3, " k")):
-        if value >= size:
+        if value >= size and value % (size / 10) == 0:
             return f"{value / size:g}{unit}"
-    return f"{value:g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def apart(ends: Mapping[str, float]) -> dict[str, float]:

@@ -61,17 +61,32 @@ def charts_of_growth(rows: Sequence[dict[str, Any]]) -> dict[str, Chart]:
     }  # fmt: skip
     found = {}
     for part, title in titles.items():
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for op in dict.fromkeys(r["op"] for r in rows if r["part"] == part):
-            points = [r for r in rows if r["part"] == part and r["op"] == op]
-            lines[op] = [
-                (at, median(r["ops_per_s"] * (at if op == "batch" else 1) for r in points if r["at"] == at))
-                for at in dict.fromkeys(r["at"] for r in points)
-            ]
+        lines = {
+            op: _middle(rows, part, op, "ops_per_s", part == "batches")
+            for op in dict.fromkeys(r["op"] for r in rows if r["part"] == part)
+        }
         if any(len(line) > 1 for line in lines.values()):
             what = "keys a second" if part == "batches" else "operations a second"
             found[f"growth-{part}"] = Chart(f"{what} against {title}", title, what, lines, log_x=part != "nodes")
+    costs = {
+        f"{op} {name.removesuffix('_ms')}": _middle(rows, "keys", op, name)
+        for op in ("put", "get") for name in ("p50_ms", "p99_ms")
+    }  # fmt: skip
+    if any(len(line) > 1 for line in costs.values()):
+        title = "latency against the size of the data, 64 clients"
+        found["growth-keys-latency"] = Chart(title, titles["keys"], "milliseconds", costs, log_y=True)
     return found
+
+
+def _middle(
+    rows: Sequence[dict[str, Any]], part: str, op: str, name: str, each: bool = False
+) -> list[tuple[float, float]]:
+    """The medians of figure `name` over the rounds, by what was changed; with `each`, times that."""
+    values: dict[float, list[float]] = {}
+    for row in rows:
+        if row["part"] == part and row["op"] == op and row[name] is not None:
+            values.setdefault(row["at"], []).append(row[name])
+    return [(at, median(found) * (at if each else 1)) for at, found in values.items()]
 
 
 def block(results: Sequence[dict[str, Any]]) -> tuple[str, dict[str, str]]:
