@@ -15,10 +15,10 @@ def facts(directory: Path) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": _found(r"^model name\s*: (.+)$", Path("/proc/cpuinfo")) or platform.machine(),
+        "processor": platform.machine(),
         "memory_gib": round(int(_found(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo")) or 0) / (1 << 20)),
         "disk": _disk(directory),
-        "system": f"{platform.system()} {platform.release().split('-')[0]}",
+        "system": platform.system(),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
     }
 

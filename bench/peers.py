@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import limits, machine, outages
+from bench import goals, limits, machine, outages
 from bench.cluster import measure, table, targets
 from bench.load import fill
 from bench.plan import Plan
@@ -220,6 +220,7 @@ def show(result: dict[str, Any]) -> str:
     names = [s["name"] for s in result["systems"]]
     if result["rows"]:
         parts.append(comparison(result["rows"], names))
+        parts.append(busiest(result["rows"]))
     if result["failover"]:
         parts.append(failover_table(result["failover"]))
     if result["million"]:
@@ -229,7 +230,18 @@ def show(result: dict[str, Any]) -> str:
         if result["rows"]:
             own = {w: m for (w, s), m in medians(result["rows"]).items() if s == "ddb"}
             parts.append(limits.shares(result["limits"], own))
+    middle = medians(result["rows"])
+    parts.append(goals.show(goals.values(middle, result["failover"], result["million"])))
     return "\n\n".join(part for part in parts if part)
+
+
+def busiest(rows: Sequence[dict[str, Any]]) -> str:
+    """A sentence on how near the generator came to being what was measured."""
+    row = max(rows, key=lambda r: r["load_cpu_percent"])
+    return (
+        f"The load generator took {row['load_cpu_percent']:.0f} % of a core at most "
+        f"({row['work']}, {row['system']}); {sum(sum(r['errors'].values()) for r in rows)} operations failed."
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -151,14 +151,17 @@ class Node:
         bounds = settings.bounds
         raft = Raft(
             self.id, self.name, raft_log, journal.hard_state, config, self._election(config.election),
-            self.now(), store.meta.applied, settings.timing, bounds,
+            self.now(), store.meta.applied, settings.timing, bounds, self.world.rng.getrandbits(48),
         )  # fmt: skip
         writer = self.writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
         self._closing.append(writer.close)
         worker = self.world.background()
         self._closing.append(worker.close)
         machine = Machine(store, store.meta.applied)
-        self.replica = Replica(raft, machine, writer, self._send, journal.read, self.world.wall_ms, bounds)
+        first_ticket = self.world.rng.getrandbits(48)
+        self.replica = Replica(
+            raft, machine, writer, self._send, journal.read, self.world.wall_ms, bounds, first_ticket
+        )  # fmt: skip
         self.sync = Sync(
             self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds,
             disk=self.world.disk,

@@ -106,6 +106,7 @@ class Raft:
         applied: int = 0,
         timing: Timing | None = None,
         bounds: Bounds | None = None,
+        first_ask: int = 0,
     ) -> None:
         self.id = id
         self.name = name
@@ -130,7 +131,7 @@ class Raft:
         self._handed_out = hard_state
         self._heard_leader_at = float("-inf")
         self._connected: set[str] = set()
-        self._ask = 0
+        self._ask = first_ask  # one that no earlier life used, whose answers may still come
         self._votes: dict[str, bool] = {}  # who granted -> whether in doubt
         self._refusals: set[str] = set()
         self._ticked_at = now

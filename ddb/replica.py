@@ -162,6 +162,9 @@ class _ForwardedGroup:
 class Replica:
     """One member of the cluster, but for its sockets, clocks and disks.
 
+    `first_ticket` should be one that no earlier life of this member used: the leader may still answer what that one
+    asked, and another's reply would be taken for this one's.
+
     `read_batch(first)` returns a batch's bytes from the log on disk. `wall_ms()` is the time that a leader stamps
     into entries.
     """
@@ -175,6 +178,7 @@ class Replica:
         read_batch: Callable[[int], bytes],
         wall_ms: Callable[[], int],
         bounds: Bounds | None = None,
+        first_ticket: int = 0,
     ) -> None:
         self.raft = raft
         self.machine = machine
@@ -202,7 +206,7 @@ class Replica:
         self._deferred_due = False  # a tick has passed: often enough to look for room
         self._reads_deferred: list[Read] = []  # could be answered, but the reader has much to take already
         self._changes: list[tuple[int, int, Waiter]] = []  # (index, term) of configurations somebody waits for
-        self._tickets = 0
+        self._tickets = first_ticket
         self._reachable: set[str] = set()
         self._leading = (raft.term, raft.leader)
         self._led_since = 0.0

@@ -99,7 +99,7 @@ class NodeService:
         self._node = node
         self._routes = node_routes()
         self._calls: dict[int, tuple[str, Slot]] = {}  # passed on to the leader: to whom, and for whom
-        self._tickets = 0
+        self._tickets = node.world.rng.getrandbits(48)  # as the replica's: no earlier life used these
         self._waiting: list[_Line] = []  # of the connections where something waits for its turn
         self._transfers: list[tuple[str, Slot]] = []  # who led, and who waits for another to lead
         self._ops: dict[str, Callable[[Request, Slot], None]] = {

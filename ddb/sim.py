@@ -130,7 +130,9 @@ class Simulation:
             violation = Violation(LAWFUL, "?", str(error))
         except Exception as error:  # whatever a handler lets out is a bug, and is replayed like any other
             where = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno} of {Path(where.filename).name})"
+            what = (
+                f"{type(error).__name__}: {error} (in {where.name}, line {where.lineno} of {Path(where.filename).name})"
+            )
             violation = Violation(LAWFUL, "?", what)
         town = self.town
         return Result(

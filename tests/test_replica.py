@@ -6,6 +6,7 @@ import pytest
 
 from ddb.kv import Machine, MemoryTable
 from ddb.messages import SnapshotRequest
+from ddb.replica import Replica
 from tests.town import Town
 
 
@@ -26,6 +27,24 @@ def test_a_write_at_any_member_is_done_once_and_seen_at_every_member(town: Town)
         assert reply["ok"] is True
     for at in town.replicas:
         assert town.answer(town.read(at, "n"))["value"] == 3
+
+
+def test_a_reply_to_a_former_life_is_nobodys(town: Town) -> None:
+    """A follower that forwarded, died and forwards again must not take the late answer for the new question's."""
+    leader = town.leader()
+    follower = followers(town)[0]
+    town.write(follower, "incr", key="n")
+    town.replicas[follower].flush(town.now)  # forwarded; then it dies
+    old = town.replicas[follower]
+    reborn = town.replicas[follower] = Replica(
+        old.raft, old.machine, town.journals[follower], old.send, town.journals[follower].data.__getitem__,
+        lambda: int(town.now * 1000), first_ticket=1 << 40,
+    )  # fmt: skip
+    reborn.connected(leader)
+    asked = town.write(follower, key="k", value=1)
+    reply = town.answer(asked)
+    assert "value" not in reply
+    town.until(lambda: town.answer(town.read(leader, "n"))["value"] == 1)
 
 
 def test_a_follower_names_the_leader_in_its_replies_and_the_leader_does_not(town: Town) -> None:

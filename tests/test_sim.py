@@ -144,6 +144,20 @@ def test_nothing_goes_wrong_where_nothing_is_done_wrong(nodes: int, election: st
     assert not any(what.startswith("fault") for what in result.met)
 
 
+def test_no_two_lives_of_a_node_number_their_questions_alike() -> None:
+    simulation = sim.Simulation(Options(1, nodes=3, faults=()))
+    town = simulation.town
+    numbers = set()
+    for _ in range(3):
+        while town.node("n1") is None:
+            town.agenda.step(1e9)
+        node = town.node("n1")
+        assert node is not None
+        numbers |= {node.replica._tickets, node.service._tickets, node.replica.raft._ask}
+        town.kill("n1", power=False, back_in_s=0.1)
+    assert len(numbers) == 9
+
+
 # ------------------------------------------------- a bug, planted
 
 
