@@ -332,16 +332,15 @@ def test_a_leader_cut_off_answers_no_read(election: str) -> None:
     """Diss. §6.4: without the exchange, a leader that was replaced would return stale data."""
     net = led_by("n1", 3, election)
     net.isolate("n1")
-    net["n1"].read(1)
-    net.peers["n1"].work()
+    assert net.read("n1", 1)
     net.settle()
     net.elect("n2")
     net.put()
     net.settle()
-    assert answers(net, "n1") == []
+    assert net.rules.answers.get("n1", []) == []
     net.heal()
     net.run(1.0)
-    assert answers(net, "n1") == [], "who asked a leader that stepped down must ask again"
+    assert net.rules.answers.get("n1", []) == [], "who asked a leader that stepped down must ask again"
 
 
 def test_a_new_leader_answers_no_read_before_its_first_commit(election: str) -> None:
