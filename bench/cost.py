@@ -197,6 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
     a = p.parse_args(arguments)
     if a.seconds <= 0 or a.keys < 1 or a.value_size < 0:
         p.error("--seconds and --keys must be positive")
+    if a.dir:
+        a.dir.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="ddb-cost-", dir=a.dir))
     system = Metered(directory)
     rows = []

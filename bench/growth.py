@@ -160,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
     study = Study(base, a.dir, a.rounds, lambda text: print(text, file=sys.stderr, flush=True))
     code = 0
     try:
+        if a.dir:
+            a.dir.mkdir(parents=True, exist_ok=True)
         for part in parts:
             getattr(study, part)(getattr(a, part))
     except (OSError, RuntimeError) as error:

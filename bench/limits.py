@@ -314,6 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
 
     try:
+        if a.dir:
+            a.dir.mkdir(parents=True, exist_ok=True)
         found = measure(a.dir, a.seconds, say)
         own = {} if a.no_ddb else ddb_figures(a.dir, a.seconds, say)
     except (OSError, RuntimeError) as error:

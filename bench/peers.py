@@ -325,6 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
         if a.show:
             print(show(json.loads(a.show.read_text())))
             return 0
+        if a.dir:
+            a.dir.mkdir(parents=True, exist_ok=True)
         result["machine"] = machine.facts(a.dir or Path(tempfile.gettempdir()))
         _measure_all(a, parts, lambda text: print(text, file=sys.stderr, flush=True), result)
     except (OSError, RuntimeError, ValueError) as error:
