@@ -144,8 +144,9 @@ class Rules:
             self.met("in doubt")
         if journal.tail_cut:
             self.met("torn tail cut")
-        for holders in self.holders.values():
-            holders.discard(node.id)
+        if not raft.doubt:  # what its disk has lost, a leader may still count, until it hears of the doubt
+            for holders in self.holders.values():
+                holders.discard(node.id)
         for batch in raft.log.batches():
             self._hold(node.id, batch)
         self._digest(seen, replica.machine.applied, replica.machine.table.digest)
