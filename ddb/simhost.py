@@ -15,7 +15,7 @@ import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from ddb.agenda import Agenda
@@ -119,7 +119,7 @@ class Host:
             self._waiting.append((fn, args))
             self.agenda.after(self.rng.random() * BUSY_S, None, self._catch_up, self.life)
         else:
-            self._turn([(fn, args)])
+            self._turn(((fn, args),))
 
     def _catch_up(self, life: int) -> None:
         """Do all that has waited, in one turn."""
@@ -127,7 +127,7 @@ class Host:
             waiting, self._waiting = self._waiting, []
             self._turn(waiting)
 
-    def _turn(self, events: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+    def _turn(self, events: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
         self._in_turn = True
         try:
             for fn, args in events:

@@ -64,7 +64,7 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         keys=rng.choice([1, 3, 6]),
         pace_s=rng.choice([0.3, 0.6, 1.2]),
         expect=nodes if rng.random() < 0.5 else 1,
-        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.05, 0.1]), heartbeat_s=rng.choice([0.1, 0.2])),
+        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.1, 0.1]), heartbeat_s=rng.choice([0.1, 0.2, 0.3])),
         bounds=replace(
             Bounds(),
             append_bytes_max=rng.choice([60, 200, 1 << 20]),
@@ -122,6 +122,7 @@ class Town:
         self.network = Network(self.agenda, random.Random(rng.getrandbits(64)), met)
         self.rules = Rules(met, note)
         self.duties = Duties(self.rules)
+        self._looked: dict[str, object] = {}  # host -> what was there to see at its last turn
         self.hosts: dict[str, Host] = {}
         self.nodes: list[str] = []
         self.clients: list[Client] = []
@@ -181,13 +182,25 @@ class Town:
         self._repairs.discard(host.name)
         self.rules.attach(host, node)
         self.duties.attach(host, node)
+        self._looked.pop(host.name, None)
         if self.note is not None:
             self.note(f"{host.name} has started: {node!r}")
         return node
 
     def _turn_done(self, host: Host) -> None:
-        self.duties.look(host)
-        self.rules.look(host)
+        """Have the rules look at the program on `host`, if its last turn changed anything that they look at. (Most turns
+        are ticks, which don't: this makes a simulation a tenth faster.)"""
+        node = host.program
+        assert isinstance(node, Node)
+        raft = node.replica.raft
+        seen = (
+            raft.term, raft.role, raft.commit, raft.durable, raft.log.last_index, raft.doubt, raft.config_index,
+            raft.transfer_to, node.sync.writing, node.data.identity,
+        )  # fmt: skip
+        if self._looked.get(host.name) != seen:
+            self._looked[host.name] = seen
+            self.duties.look(host)
+            self.rules.look(host)
 
     def node(self, name: str) -> Node | None:
         """The node that runs on the host `name`."""

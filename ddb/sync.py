@@ -130,6 +130,11 @@ class Sync:
         """Whether something runs in the background, or is on its way."""
         return self._store.checkpointing or self._copying or bool(self._sendings) or self._receiving is not None
 
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written to the file."""
+        return self._store.checkpointing and self._begun is None
+
     def applied(self, batch: Batch) -> None:
         """See replica.Snapshots."""
         self._bytes_since += len(batch.data)
@@ -149,27 +154,35 @@ class Sync:
 
     def tick(self, now: float) -> None:
         """Let time pass."""
-        self._write_checkpoint()
+        if self._begun is not None:
+            self._write_checkpoint()
         policy = self._policy
         entries = self._replica.machine.applied - self._store.meta.applied
         if (entries >= policy.entries or self._bytes_since >= policy.bytes) and now >= self._retry_at:
             self.checkpoint(None, now)
         elif self._checkpoint_waiters:
             self.checkpoint(None, now)  # it could not be begun when it was asked for
+        if self._sendings or self._wanted_by:
+            self._tend_sendings(now)
+        elif self._copy is not None:
+            self._drop_copy()
+        if self._replica.diverged and self._receiving is None and now >= self._request_at and self._raft.leader:
+            self._request_at = now + REQUEST_EVERY_S
+            self._replica.send(SnapshotRequest(self._raft.id, self._raft.leader, self._raft.term))
+
+    def _tend_sendings(self, now: float) -> None:
+        """Send again what was lost, and give up where that is of no use."""
         for peer in [p for p, sending in self._sendings.items() if now >= sending.deadline]:
             self._give_up(peer, "it has not answered")
         for peer, sending in self._sendings.items():
             if now >= sending.resend_at:
                 self._send_again(peer, now)
-        if (self._sendings or self._wanted_by) and not self._replica.is_leader:
+        if not self._replica.is_leader:
             self._wanted_by.clear()
             for peer in list(self._sendings):
                 self._give_up(peer, "this node does not lead any more")
         if self._copy is not None and not self._sendings and not self._wanted_by:
             self._drop_copy()
-        if self._replica.diverged and self._receiving is None and now >= self._request_at and self._raft.leader:
-            self._request_at = now + REQUEST_EVERY_S
-            self._replica.send(SnapshotRequest(self._raft.id, self._raft.leader, self._raft.term))
 
     def disconnected(self, peer: str) -> None:
         """The connection to `peer` broke; what was on its way has to be sent again."""
