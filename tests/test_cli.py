@@ -169,7 +169,7 @@ def test_a_write_without_an_answer_is_6_and_a_read_is_5(server: FakeServer, ddb:
 
 def test_nobody_there_is_5(server: FakeServer, ddb: Run) -> None:
     server.close()
-    ran = ddb("get", "k", "--timeout", "0.1")
+    ran = ddb("get", "k", "--timeout", "0.5")
     assert ran.code == 5
     assert ran.err == f"ddb: No server answered: {server.address} can't be reached (connection refused).\n"
 
