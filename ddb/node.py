@@ -97,6 +97,7 @@ class Node:
         self._known_config: Configuration | None = None
         self._removed: object = None
         self._expelled_at = -1
+        self._identity_due = True
         self._shown_state: object = None
         self._next_membership_at = 0.0
         self._next_move_at = 0.0
@@ -204,7 +205,7 @@ class Node:
         config = Configuration(cluster, self.settings.election, tuple(members))
         log.info("%r: begins cluster %s of %d", self, cluster, len(members))
         # The identity first: after a crash in between, the node founds the same cluster again.
-        self.data.change(cluster=cluster, founding=config.to_json())
+        self._change_identity(cluster=cluster, founding=config.to_json(), members=tuple(m.id for m in members))
         self.replica.raft.found(config, self.world.wall_ms())
 
     # --- the registry -------------------------------------------------------------------------------------------
@@ -325,9 +326,8 @@ class Node:
         if raft.commit != self._expelled_at:
             self._expelled_at = raft.commit
             self._expel(raft.config_at(raft.commit))
-            if not raft.doubt:
-                self._remember_all(raft.members_in_force)
-        if self.data.identity.founding is not None and raft.commit >= 1 and now >= self._next_identity_at:
+            self._identity_due = True
+        if self._identity_due and now >= self._next_identity_at:
             self._settle_identity(now)
         if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
             self._next_membership_at = now + MEMBERSHIP_EVERY_S
@@ -343,22 +343,32 @@ class Node:
             self._leave(now)
 
     def _remember(self, config: Configuration) -> None:
-        """`config` is about to go to the log."""
-        self._remember_all(self.replica.raft.remembered.union([m.id for m in config.members]))
-
-    def _remember_all(self, ids: frozenset[str]) -> None:
-        """Know these members even if the log loses its end: alone with an old log, this node would take itself for all."""
+        """`config` is about to go to the log. Know its members even if the log loses its end: alone with an old log, this
+        node would take itself for all. Raises StartupError where the disk refuses."""
+        ids = self.replica.raft.remembered.union([m.id for m in config.members])
         if ids != self.replica.raft.remembered:
-            self.data.change(members=tuple(sorted(ids)))
-            self.replica.raft.remembered = ids
+            self._change_identity(members=tuple(sorted(ids)))
 
     def _settle_identity(self, now: float) -> None:
-        """The cluster stands in the log; its founding need not be remembered. That can wait for room on the disk."""
+        """What the committed log says need not be remembered beside it: the founding, and members that have left. Forgetting
+        can wait: for room on the disk, and until a doubt is over."""
+        raft = self.replica.raft
+        fields: dict[str, Any] = {}
+        if self.data.identity.founding is not None and raft.commit >= 1:
+            fields["founding"] = None
+        if not raft.doubt and raft.members_in_force != raft.remembered:
+            fields["members"] = tuple(sorted(raft.members_in_force))
         try:
-            self.data.change(founding=None)
+            if fields:
+                self._change_identity(**fields)
+            self._identity_due = raft.doubt
         except StartupError as error:
             self._next_identity_at = now + IDENTITY_RETRY_S
             log.warning("%s", error.message)
+
+    def _change_identity(self, **fields: Any) -> None:
+        self.data.change(**fields)
+        self.replica.raft.remembered = frozenset(self.data.identity.members)
 
     def _on_config(self, config: Configuration) -> None:
         self._known_config = config

@@ -158,6 +158,30 @@ def test_no_two_lives_of_a_node_number_their_questions_alike() -> None:
     assert len(numbers) == 9
 
 
+def test_members_that_have_left_are_forgotten_when_there_is_room_on_the_disk() -> None:
+    """To forget can wait: a full disk ends no node for it."""
+    town = sim.Simulation(Options(1, nodes=3, faults=())).town
+    while town.why_not_settled() is not None:
+        town.agenda.step(1e9)
+    node, host = town.node("n2"), town.hosts["n2"]
+    assert node is not None
+    members = node.replica.raft.remembered
+    assert members == {member.id for member in node.replica.raft.config.members}
+    node._change_identity(members=(*sorted(members), "who has left"))
+    node._identity_due = True
+    host.disk.room_bytes = 0
+    until_s = town.agenda.now + 3.0
+    while town.agenda.step(until_s):
+        pass
+    assert host.program is node
+    assert node.replica.raft.remembered == {*members, "who has left"}
+    host.disk.room_bytes = None
+    until_s = town.agenda.now + 10.0
+    while town.agenda.step(until_s):
+        pass
+    assert node.replica.raft.remembered == members == set(node.data.identity.members)
+
+
 # ------------------------------------------------- a bug, planted
 
 
