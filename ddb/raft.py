@@ -403,20 +403,23 @@ class Raft:
         if self._ack is not None:
             out.after_save.append(self._ack)
             self._ack = None
-        handed_out = self._handed_out
-        if handed_out.term != self.term or handed_out.vote != self.vote or handed_out.doubt != self.doubt:
+        if self._owes_hard_state:
             out.hard_state = self._handed_out = HardState(self.term, self.vote, self.doubt)
         if self.commit > self._emitted:
             out.committed = self.log.span(self._emitted, self.commit)
             self._emitted = self.commit
         return out
 
+    @property
+    def _owes_hard_state(self) -> bool:
+        """Whether term, vote and doubt are not those that were last handed out for saving."""
+        handed_out = self._handed_out
+        return handed_out.term != self.term or handed_out.vote != self.vote or handed_out.doubt != self.doubt
+
     def _is_idle(self, out: Ready) -> bool:
-        state = self._handed_out
         return not (
             out.messages or out.after_save or out.batches or self._ack or out.reads or self.commit > self._emitted
-            or state.term != self.term or state.vote != self.vote or state.doubt != self.doubt
-            or out.chunks or out.needs_snapshot or out.reset
+            or self._owes_hard_state or out.chunks or out.needs_snapshot or out.reset
         )  # fmt: skip
 
     # --- terms and elections ------------------------------------------------------------------------------------

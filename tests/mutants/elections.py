@@ -89,7 +89,7 @@ ELECTIONS: list[Mutant] = [
     mutant(
         "new term not persisted",
         "a term is written down only together with a vote",
-        RAFT + "ready",
+        RAFT + "_owes_hard_state",
         "handed_out.term != self.term or handed_out.vote != self.vote or",
         "(handed_out.vote != self.vote and self.vote is not None) or",
         RAFT + "send",
