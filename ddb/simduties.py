@@ -422,7 +422,7 @@ class Duties:
     def _look_at_checkpoint(self, seen: _Seen) -> None:
         node = seen.node
         store: Any = node.replica.machine.table
-        if store.checkpointing and node.sync._begun is None:  # so it is being written
+        if node.sync.writing:
             applied, end = store._checkpoint.meta.applied, node.journal.last[0]
             if applied > end:
                 self._fail(NO_MORE, seen, f"{applied} is in it, and the log on disk ends at {end}: {node.replica.raft}")

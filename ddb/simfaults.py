@@ -125,11 +125,7 @@ def _cut_one_way(fault: Fault, town: Town) -> Undo:
     return _cut(town, [link])
 
 
-def _slow_links(fault: Fault, town: Town) -> Undo:
-    """All links of one node take long."""
-    victim = town.victim(fault.where)
-    delay_s = 0.01 + fault.how * 0.5
-    links = [link for n in town.nodes if n != victim for link in ((victim, n), (n, victim))]
+def _slow(town: Town, links: list[tuple[str, str]], delay_s: float) -> Undo:
     town.network.slow.update(dict.fromkeys(links, delay_s))
 
     def undo() -> None:
@@ -137,6 +133,12 @@ def _slow_links(fault: Fault, town: Town) -> Undo:
             town.network.slow.pop(link, None)
 
     return undo
+
+
+def _slow_links(fault: Fault, town: Town) -> Undo:
+    """All links of one node take long."""
+    victim = town.victim(fault.where)
+    return _slow(town, _between([victim], [n for n in town.nodes if n != victim]), 0.01 + fault.how * 0.5)
 
 
 def _reset(fault: Fault, town: Town) -> Undo:
@@ -152,34 +154,24 @@ def _reset(fault: Fault, town: Town) -> Undo:
     return None
 
 
+def _chance(town: Town, name: str, likely: float) -> Undo:
+    setattr(town.network.chances, name, likely)
+    return lambda: setattr(town.network.chances, name, 0.0)
+
+
 def _lose(fault: Fault, town: Town) -> Undo:
     """Messages of the consensus get lost."""
-    town.network.chances.loss = 0.02 + 0.3 * fault.how
-
-    def undo() -> None:
-        town.network.chances.loss = 0.0
-
-    return undo
+    return _chance(town, "loss", 0.02 + 0.3 * fault.how)
 
 
 def _repeat(fault: Fault, town: Town) -> Undo:
     """Messages of the consensus come twice."""
-    town.network.chances.repeat = 0.05 + 0.5 * fault.how
-
-    def undo() -> None:
-        town.network.chances.repeat = 0.0
-
-    return undo
+    return _chance(town, "repeat", 0.05 + 0.5 * fault.how)
 
 
 def _reorder(fault: Fault, town: Town) -> Undo:
     """Messages of the consensus overtake one another."""
-    town.network.chances.reorder = 0.05 + 0.5 * fault.how
-
-    def undo() -> None:
-        town.network.chances.reorder = 0.0
-
-    return undo
+    return _chance(town, "reorder", 0.05 + 0.5 * fault.how)
 
 
 # ----------------------------------------------------------------- processes
@@ -347,14 +339,7 @@ def _registry_wiped(fault: Fault, town: Town) -> Undo:
 
 def _registry_slow(fault: Fault, town: Town) -> Undo:
     """The registry's links take long."""
-    links = [link for n in town.nodes for link in (("registry", n), (n, "registry"))]
-    town.network.slow.update(dict.fromkeys(links, 0.1 + fault.how))
-
-    def undo() -> None:
-        for link in links:
-            town.network.slow.pop(link, None)
-
-    return undo
+    return _slow(town, _between(["registry"], town.nodes), 0.1 + fault.how)
 
 
 def _join(fault: Fault, town: Town) -> Undo:

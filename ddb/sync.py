@@ -112,9 +112,7 @@ class Sync:
         self._copying = False
         self._at_work = 0  # jobs in the background that have the store's file open
         self._wanted_by: set[str] = set()
-        self._wanted_index = (
-            0  # a copy has at least what was applied when it was wanted; more would be a race with the writes
-        )
+        self._wanted_index = 0  # a copy has what was applied when it was wanted; more would be a race with the writes
         self._sendings: dict[str, _Sending] = {}
         self._receiving: _Receiving | None = None
         self._verified: snapshot.Meta | None = None  # what was received, waiting for a checkpoint to end
@@ -263,9 +261,8 @@ class Sync:
         waiters, self._checkpoint_waiters = self._checkpoint_waiters, []
         for index, waiter in waiters:
             if error is None and index > self._store.meta.applied:
-                self._checkpoint_waiters.append(
-                    (index, waiter)
-                )  # this one had begun before it asked: the next tick will do
+                # This one had begun before it asked: the next tick will do.
+                self._checkpoint_waiters.append((index, waiter))
             elif error is None:
                 waiter.reply(b'{"ok":true,"rev":%d}' % self._store.meta.applied)
             else:
