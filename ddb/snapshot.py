@@ -48,6 +48,7 @@ SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FRO
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 HASHED_BYTES: Final = 256 << 10  # read in one go
 PAUSE_EVERY_ROWS: Final = 500
+FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)  # the second: damage that SQLite quotes in what it says of it
 PAUSE_S: Final = 0.0005  # long enough for a waiting loop thread to get the interpreter
 
 
@@ -88,7 +89,7 @@ def connect(disk: Disk, path: Path, *, frozen: bool = False) -> sqlite3.Connecti
     return connection
 
 
-def translated(error: sqlite3.Error, path: Path) -> Exception:
+def translated(error: sqlite3.Error | UnicodeDecodeError, path: Path) -> Exception:
     """The error to raise in the place of `error`, met while working with the database at `path`.
 
     ReadOnly for a full disk, which may pass; StartupError where the file can't be used as things are; OSError
@@ -124,10 +125,10 @@ def corrupt(path: Path, what: str) -> CorruptStore:
 
 @contextmanager
 def errors(path: Path) -> Iterator[None]:
-    """Within it, an error of SQLite about `path` becomes one of `translated`'s."""
+    """Within it, one of the FAILURES about `path` becomes one of `translated`'s."""
     try:
         yield
-    except sqlite3.Error as error:
+    except FAILURES as error:
         raise translated(error, path) from error
 
 

@@ -328,7 +328,7 @@ class Store:
             return None
         try:
             fields = self._connection.execute(POINT, (key,)).fetchone()
-        except sqlite3.Error as error:
+        except snapshot.FAILURES as error:
             raise translated(error, self.path) from error
         if fields is None:
             return None

@@ -659,6 +659,18 @@ def test_no_flipped_bit_is_served_by_a_store_that_was_verified(
     assert refused > 200  # the rest hit free space
 
 
+def test_a_damaged_schema_is_refused_also_where_sqlite_quotes_what_is_no_utf_8(
+    path: Path, healthy: tuple[bytes, dict[str, Row]]
+) -> None:
+    data, _ = healthy
+    start = data.index(b"CREATE TABLE")
+    for position in range(start, data.index(b"WITHOUT ROWID", start)):
+        remove_files(path)
+        path.write_bytes(data[:position] + b"\xd4" + data[position + 1 :])
+        with pytest.raises(CorruptStore):
+            Store.open(path)
+
+
 def test_no_flipped_bit_is_served_before_a_store_was_verified(
     path: Path, healthy: tuple[bytes, dict[str, Row]]
 ) -> None:
