@@ -54,8 +54,8 @@ __all__ = [
 Row = tuple[bytes, int, int, int, int]
 """value (compact JSON), rev, created (rev), version, crc"""
 
-Change = tuple[int, str, Row | None, Row | None]
-"""rev, key, the row now (None: deleted), the row before (None: there was none)"""
+Change = tuple[int, str, Row | None, Row | None, int]
+"""rev, key, the row now (None: deleted), the row before (None: there was none), the session that wrote (0: none)"""
 
 DIGEST_MASK: Final = 2**64 - 1
 REPLY_BYTES_MAX: Final = 16 << 20  # of one txn's results
@@ -108,16 +108,17 @@ class Machine:
     """Applies batches to a table, in the order of the log.
 
     `applied` is the last index applied. `on_changes`, when set, is called once after each batch that changed something,
-    with its changes in order; it makes room for watches, and costs nothing while it is None.
+    with the batch and its changes in order; it makes room for watches, and costs nothing while it is None.
     """
 
-    __slots__ = ("_changes", "_does", "_room", "applied", "on_changes", "table")
+    __slots__ = ("_changes", "_client", "_does", "_room", "applied", "on_changes", "table")
 
     def __init__(self, table: Table, applied: int = 0) -> None:
         self.table = table
         self.applied = applied
-        self.on_changes: Callable[[list[Change]], None] | None = None
+        self.on_changes: Callable[[Batch, list[Change]], None] | None = None
         self._changes: list[Change] = []
+        self._client = 0  # the session whose write is being applied
         self._room = 0  # bytes that the replies to this batch may still take
         self._does: dict[str, Callable[[int, Command], bytes]] = {
             "put": self._put,
@@ -167,7 +168,7 @@ class Machine:
                 put(key, row, old)
                 added += crc * crc
                 if watched:
-                    changes.append((rev, key, row, old))
+                    changes.append((rev, key, row, old, 0))
                 replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
             else:
                 replies.append(self._apply(rev, command))
@@ -175,7 +176,7 @@ class Machine:
         table.digest = (table.digest + added) & DIGEST_MASK
         if changes:
             if self.on_changes is not None:
-                self.on_changes(changes)
+                self.on_changes(batch, changes)
             self._changes = []
         return replies
 
@@ -207,12 +208,12 @@ class Machine:
         if old is not None:
             table.digest -= old[4] * old[4]
         table.digest &= DIGEST_MASK
-        self._changes.append((rev, key, row, old))
+        self._changes.append((rev, key, row, old, 0))
 
     def _take_back(self, mark: int) -> None:
         """Undo all changes but the first `mark` of this batch."""
         while len(self._changes) > mark:
-            rev, key, row, old = self._changes.pop()
+            rev, key, row, old, _ = self._changes.pop()
             self._change(rev, key, row, old)
             self._changes.pop()
 

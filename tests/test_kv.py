@@ -350,7 +350,7 @@ def test_a_txn_that_fails_halfway_has_changed_nothing(db: Database) -> None:
     db("put", "a", value=1)
     db("put", "text", value="x")
     seen: list[kv.Change] = []
-    db.machine.on_changes = seen.extend
+    db.machine.on_changes = lambda _, changes: seen.extend(changes)
     before, digest = db.state(), db.table.digest
     reply = db(
         "txn",
@@ -381,8 +381,8 @@ def test_a_txn_that_reads_too_much_has_changed_nothing(db: Database, monkeypatch
 def test_watchers_see_each_change_in_order(db: Database) -> None:
     seen: list[tuple[int, str, Any]] = []
     db("put", "before", value=0)
-    db.machine.on_changes = lambda changes: seen.extend(
-        (rev, key, None if row is None else json.loads(row[0])) for rev, key, row, _ in changes
+    db.machine.on_changes = lambda _, changes: seen.extend(
+        (rev, key, None if row is None else json.loads(row[0])) for rev, key, row, *_ in changes
     )
     db("put", "a", value=1)
     db("delete", "nothing")
@@ -624,7 +624,7 @@ def cut(requests: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, An
 @given(st.lists(REQUESTS, min_size=1, max_size=25), st.integers(1, 8))
 def test_leader_and_follower_answer_alike_and_keep_the_same_rows(requests: list[dict[str, Any]], size: int) -> None:
     leader, follower = Machine(MemoryTable()), Machine(MemoryTable())
-    leader.on_changes = lambda changes: None
+    leader.on_changes = lambda batch, changes: None
     for some in cut(requests, size):
         batch = batch_of(leader.applied + 1, *some)
         replies = leader.apply_batch(batch)
