@@ -51,6 +51,7 @@ class Progress:
     round_sent: int = 0
     commit_sent: int = 0
     heard_at: float = 0.0
+    spoken: bool = False  # has answered this leader; until then `heard_at` is only the benefit of the doubt
     sent_at: float = float("-inf")
     doubt_at: int | None = None  # in doubt until the entry here is committed, and the member has it
     doubt_round: int = 0  # what it said before it echoed this round, it may have forgotten
@@ -267,6 +268,7 @@ class Leadership:
         progress = self.progress.get(peer)
         if progress is not None:
             progress.heard_at = now
+            progress.spoken = True
         return progress
 
     def on_append_reply(self, m: AppendReply, now: float) -> None:

@@ -32,8 +32,9 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the leader knows of a member: for how long it has not been heard, whether its log is up to date, and whether
-    a connection to it stands, and whether its word counts: one in doubt is no help to a majority (raft.py)."""
+    """What the leader knows of a member: for how long it has not been heard (since it was elected, if never), whether its
+    log is up to date; whether a connection to it stands, over which it has answered this leader at least once; and
+    whether its word counts: one in doubt is no help to a majority (raft.py)."""
 
     silent_s: float
     caught_up: bool
@@ -126,14 +127,15 @@ def _swap_or_promote(
 ) -> Configuration | None:
     ready = [
         m for m in config.members
-        if not m.voter and m.id in standings and standings[m.id].caught_up and _alive(standings[m.id], patience)
+        if not m.voter and (s := standings.get(m.id)) is not None and s.caught_up and s.counts and _alive(s, patience)
     ]  # fmt: skip
     if not ready:
         return None
     newcomer = min(ready, key=lambda m: (m.name, m.id))
     silent = [v for v in config.voters if v != leader and not _speaks(standings.get(v), patience)]
     if not silent:
-        return config.with_member(replace(newcomer, voter=True))
+        changed = config.with_member(replace(newcomer, voter=True))
+        return changed if survives(changed, leader, standings, patience) else None
     # Giving up the dead first and promoting then leaves as many failures to spare as the other order would, and
     # keeps at most one of two members with the same name. While the dead may yet return, the newcomer waits.
     for voter in silent:

@@ -302,7 +302,7 @@ class Node:
             id: Standing(
                 now - p.heard_at,
                 not p.probing and not p.snapshot and raft.log.last_index - p.match <= CAUGHT_UP_ENTRIES,
-                self.replica.reaches(id),
+                p.spoken and self.replica.reaches(id),
                 p.counts,
             )
             for id, p in raft.progress.items()

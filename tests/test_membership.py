@@ -52,6 +52,20 @@ def test_a_dead_learner_is_not_promoted() -> None:
     assert change(config("1", "2"), _2=Standing(5.0, caught_up=True)) is None
 
 
+def test_a_learner_in_doubt_is_not_promoted() -> None:
+    assert change(config("12", "3"), _3=replace(ALIVE, counts=False)) is None
+
+
+def test_nobody_is_promoted_beside_a_voter_that_has_never_answered_this_leader() -> None:
+    never_heard = Standing(0.1, caught_up=False, connected=False)
+    assert change(config("123", "4"), _3=never_heard) is None
+
+
+def test_nobody_is_promoted_where_the_promotion_could_not_be_committed() -> None:
+    doubtful = replace(ALIVE, counts=False)
+    assert change(config("123", "4"), _2=doubtful, _3=doubtful) is None
+
+
 def test_a_learner_that_is_gone_is_dropped_but_not_banned() -> None:
     gone = Standing(61.0, caught_up=False)
     assert change(config("1", "2"), seen("12"), _2=gone) is None, "the registry still lists it"

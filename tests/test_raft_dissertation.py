@@ -567,3 +567,12 @@ def test_an_asker_ahead_in_terms_hears_the_answers_it_gets(election: str) -> Non
         net.start(id)
     net.crash("n1")
     assert net.elect().id == "n3"
+
+
+def test_a_new_leader_knows_whom_it_has_not_heard_yet(election: str) -> None:
+    """Beside a voter that may be dead nobody is promoted (membership.py), and at first the leader can't tell."""
+    net = Net(3, election=election)
+    net.crash("n3")
+    net.elect("n1")
+    assert net["n1"].progress["n2"].spoken
+    assert not net["n1"].progress["n3"].spoken
