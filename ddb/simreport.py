@@ -85,11 +85,9 @@ def many(options: Options, count: int, jobs: int, say: Say, watch: Say) -> Tally
     try:
         for result, took_s in _results(options, count, jobs):
             tally.add(result, took_s)
-            found = (
-                f", {len(tally.failures)} with a violation, the last is seed {tally.failures[-1].seed}"
-                if tally.failures
-                else ""
-            )
+            found = ""
+            if tally.failures:
+                found = f", {len(tally.failures)} with a violation, the last is seed {tally.failures[-1].options.seed}"
             watch(f"{tally.runs} of {count} seeds, {tally.simulated_s / 3600:.1f} simulated hours{found}")
     finally:
         for line in tally.lines():
