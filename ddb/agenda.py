@@ -41,24 +41,26 @@ class Agenda:
         life = 0 if actor is None else actor.life
         heappush(self._heap, (self.now + delay_s, self._number, actor, life, fn, args))
 
-    def step(self, until: float) -> bool:
-        """Let the next event happen, if it is due before `until`; returns whether there was one."""
+    def run(self, until: float, steps: int) -> bool:
+        """Let what is due before `until` happen, `steps` events at most; returns whether there were so many."""
         heap = self._heap
-        while heap:
-            when, _, actor, life, fn, args = heap[0]
-            if when >= until:
-                break
-            heappop(heap)
+        while steps > 0:
+            if not heap or heap[0][0] >= until:
+                self.now = max(self.now, until)
+                return False
+            when, _, actor, life, fn, args = heappop(heap)
             if actor is None:
                 self.now = when
                 self.steps += 1
+                steps -= 1
                 fn(*args)
             elif actor.life == life:
                 self.now = when
                 self.steps += 1
+                steps -= 1
                 actor.happens(fn, args)
-            else:
-                continue
-            return True
-        self.now = max(self.now, until)
-        return False
+        return True
+
+    def step(self, until: float) -> bool:
+        """Let the next event happen, if it is due before `until`; returns whether there was one."""
+        return self.run(until, 1)

@@ -33,6 +33,7 @@ from ddb.simtown import Plan, Town, draw_plan
 
 PROGRESS_S: Final = 90.0
 CHAOS_S: Final = 30.0
+LOOK_EVERY_STEPS: Final = 50
 GRACE_S: Final = 10.0  # for clients to end their last call
 CONFIGURATIONS_MAX: Final = 4_000  # of the checker's search, for each key: a run is not to take minutes
 PROGRESS: Final = "a healed cluster elects a leader, converges and answers"
@@ -167,12 +168,10 @@ class Simulation:
         agenda = self.town.agenda
         last = self.options.until
         while True:
-            for _ in range(50):
-                if last is not None and agenda.steps >= last:
-                    return True
-                if not agenda.step(until_s):
-                    return enough()
-            if enough():
+            steps = LOOK_EVERY_STEPS if last is None else min(LOOK_EVERY_STEPS, last - agenda.steps)
+            if not agenda.run(until_s, steps):
+                return enough()
+            if (last is not None and agenda.steps >= last) or enough():
                 return True
 
     def _strike(self, fault: Fault) -> None:

@@ -15,7 +15,7 @@ import contextlib
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Protocol
 
 from ddb.agenda import Agenda
@@ -119,20 +119,31 @@ class Host:
             self._waiting.append((fn, args))
             self.agenda.after(self.rng.random() * BUSY_S, None, self._catch_up, self.life)
         else:
-            self._turn(((fn, args),))
+            self._turn(fn, args)
 
     def _catch_up(self, life: int) -> None:
         """Do all that has waited, in one turn."""
         if life == self.life and not self.paused and self._waiting:
             waiting, self._waiting = self._waiting, []
-            self._turn(waiting)
+            self._turn(_one_by_one, (waiting,))
 
-    def _turn(self, events: Sequence[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+    def _turn(self, fn: Callable[..., None], args: tuple[Any, ...]) -> None:
+        """As loop.Loop does: what comes, what was posted, `on_turn`, then one send for each connection."""
         self._in_turn = True
         try:
-            for fn, args in events:
-                fn(*args)
-            self._finish_turn()
+            fn(*args)
+            posted, on_turn = self._posted, self._loop.on_turn if self._loop is not None else ()
+            while True:
+                if posted:
+                    for _ in range(len(posted)):
+                        fn, args = posted.popleft()
+                        fn(*args)
+                for fn in on_turn:
+                    fn()
+                if self.dirty:
+                    self.flush()
+                if not posted:
+                    break
         except Crash:
             self.on_exit(self, None)
             return
@@ -145,24 +156,8 @@ class Host:
             self._in_turn = False
         if self._loop is not None and self._loop.stopped:
             self._end("it has left")
-            return
-        if self.program is not None:
+        elif self.program is not None:
             self.on_turn_done(self)
-
-    def _finish_turn(self) -> None:
-        """As loop.Loop does: what was posted, `on_turn`, then one send for each connection."""
-        loop, posted = self._loop, self._posted
-        while True:
-            for _ in range(len(posted)):
-                fn, args = posted.popleft()
-                fn(*args)
-            if loop is not None:
-                for fn in loop.on_turn:
-                    fn()
-            if self.dirty:
-                self.flush()
-            if not posted:
-                return
 
     def flush(self) -> None:
         """Send what the connections have to say."""
@@ -249,6 +244,11 @@ class Host:
 
 def _nothing() -> None:
     pass
+
+
+def _one_by_one(events: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+    for fn, args in events:
+        fn(*args)
 
 
 class SimAlarm:
