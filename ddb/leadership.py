@@ -195,15 +195,15 @@ class Leadership:
         members = {m.id for m in self._member.config.members} - {self._member.id}
         for gone in self.progress.keys() - members:
             del self.progress[gone]
-        for new in sorted(members - self.progress.keys()):
+        for new in members - self.progress.keys():
             self.progress[new] = Progress(self._member.log.last_index + 1, heard_at=now)
+        self.progress = dict(sorted(self.progress.items()))  # who is sent to first is the same in every process
 
     def send_appends(self, now: float) -> None:
         """Send everybody what there is to send, and a heartbeat to who was sent nothing for long."""
         self._start_read_round()
         last_index = self._member.log.last_index
-        for peer in sorted(self.progress):
-            progress = self.progress[peer]
+        for peer, progress in self.progress.items():
             sent = False
             while not progress.snapshot and progress.next <= last_index and self._may_send(progress):
                 if not self._send_batches(peer, progress):

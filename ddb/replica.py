@@ -362,10 +362,12 @@ class Replica:
     def _notice_leader(self, now: float) -> None:
         """When the leader changes, whatever was asked of the old one has to be asked again."""
         raft = self.raft
-        if (raft.term, raft.leader, raft.config_index) != self._leader_shown:
-            self._leader_shown = (raft.term, raft.leader, raft.config_index)
-            leader = raft.config.member(raft.leader) if raft.leader else None
-            self._leader_field = b'"leader":%b' % wire.encode_string(leader.address) if leader else b""
+        shown = (raft.term, raft.leader, raft.config_index)
+        if shown == self._leader_shown:
+            return
+        self._leader_shown = shown
+        leader = raft.config.member(raft.leader) if raft.leader else None
+        self._leader_field = b'"leader":%b' % wire.encode_string(leader.address) if leader else b""
         if (raft.term, raft.leader) == self._leading:
             return
         self._leading = (raft.term, raft.leader)

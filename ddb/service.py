@@ -180,6 +180,8 @@ class NodeService:
 
     def flushed(self) -> bool:
         """The turn's work is done: begin what waited for it. Returns whether there was anything."""
+        if not self._waiting:
+            return False
         waiting, self._waiting = self._waiting, []
         begun = False
         for line in waiting:

@@ -124,7 +124,7 @@ class Duties:
 
     def _wrap(self, seen: _Seen, node: Node) -> None:
         replica, raft, writer = node.replica, node.replica.raft, node.writer
-        send, step, tick, read, ready = replica.send, raft.step, raft.tick, raft.read, raft.ready
+        send, step, tick, read, work_off = replica.send, raft.step, raft.tick, raft.read, replica._work_off
         save, report, restored, apply = writer.save, replica.saved, replica.restored, replica._apply
 
         def watch_send(message: Message) -> None:
@@ -158,11 +158,10 @@ class Duties:
                 seen.asked[raft.id, ticket] = seen.round
             return read(ticket)
 
-        def watch_ready(now: float) -> Ready:
-            out = ready(now)
-            for ticket, _ in out.reads:
+        def watch_work(ready: Ready, now: float) -> None:
+            for ticket, _ in ready.reads:
                 self._look_at_read(seen, raft.id, ticket)
-            return out
+            work_off(ready, now)
 
         def watch_tick(now: float) -> None:
             tick(now)
@@ -199,10 +198,10 @@ class Duties:
         replica.saved = watch_saved  # type: ignore[method-assign]
         replica.restored = watch_restored  # type: ignore[method-assign]
         replica._apply = watch_apply  # type: ignore[method-assign]
+        replica._work_off = watch_work  # type: ignore[method-assign]
         raft.step = watch_step  # type: ignore[method-assign, assignment]
         raft.tick = watch_tick  # type: ignore[method-assign]
         raft.read = watch_read  # type: ignore[method-assign]
-        raft.ready = watch_ready  # type: ignore[method-assign]
         writer.save = watch_save  # type: ignore[method-assign]
 
     def _note_end(self, seen: _Seen, ticket: int | None) -> None:

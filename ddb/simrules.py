@@ -155,7 +155,7 @@ class Rules:
     def _wrap(self, seen: _Seen, node: Node) -> None:
         """Stand in the way of everything that goes in and out of the core."""
         replica, raft, writer = node.replica, node.replica.raft, node.writer
-        send, step, read, ready = replica.send, raft.step, raft.read, raft.ready
+        send, step, read, work_off = replica.send, raft.step, raft.read, replica._work_off
         save, restored, report, apply = writer.save, replica.restored, replica.saved, replica._apply
         waiting: list[tuple[int, list[Batch]]] = []
 
@@ -171,13 +171,12 @@ class Rules:
             seen.reads[ticket] = self.committed
             return read(ticket)
 
-        def watch_ready(now: float) -> Ready:
-            out = ready(now)
-            for ticket, index in out.reads:
+        def watch_work(ready: Ready, now: float) -> None:
+            for ticket, index in ready.reads:
                 asked_at = seen.reads.pop(ticket, 0)
                 if index < asked_at:
                     self._fail(READ_INDEX, seen, f"index {index}, but {asked_at} was committed")
-            return out
+            work_off(ready, now)
 
         def watch_save(*args: Any, **options: Any) -> int:
             batches = args[1] if len(args) > 1 else options.get("batches", ())
@@ -209,9 +208,9 @@ class Rules:
         replica.restored = watch_restored  # type: ignore[method-assign]
         raft.step = watch_step  # type: ignore[method-assign, assignment]
         raft.read = watch_read  # type: ignore[method-assign]
-        raft.ready = watch_ready  # type: ignore[method-assign]
         writer.save = watch_save  # type: ignore[method-assign]
         replica._apply = watch_apply  # type: ignore[method-assign]
+        replica._work_off = watch_work  # type: ignore[method-assign]
 
     def _fail(self, rule: str, seen: _Seen, what: str) -> None:
         raise Violation(rule, seen.host, what)

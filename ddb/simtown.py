@@ -122,7 +122,6 @@ class Town:
         self.network = Network(self.agenda, random.Random(rng.getrandbits(64)), met)
         self.rules = Rules(met, note)
         self.duties = Duties(self.rules)
-        self._looked: dict[str, object] = {}  # host -> what was there to see at its last turn
         self.hosts: dict[str, Host] = {}
         self.nodes: list[str] = []
         self.clients: list[Client] = []
@@ -158,7 +157,6 @@ class Town:
         if self.plan.skew:
             host.rate = 0.97 + 0.06 * self.rng.random()
         host.boot = lambda world: self._boot_node(host, world)
-        host.on_turn_done = self._turn_done
         host.start()
 
     def _boot_node(self, host: Host, world: SimWorld) -> Node:
@@ -182,25 +180,30 @@ class Town:
         self._repairs.discard(host.name)
         self.rules.attach(host, node)
         self.duties.attach(host, node)
-        self._looked.pop(host.name, None)
+        host.on_turn_done = self._look_at(node)
         if self.note is not None:
             self.note(f"{host.name} has started: {node!r}")
         return node
 
-    def _turn_done(self, host: Host) -> None:
-        """Have the rules look at the program on `host`, if its last turn changed anything that they look at. (Most turns
-        are ticks, which don't: this makes a simulation a tenth faster.)"""
-        node = host.program
-        assert isinstance(node, Node)
-        raft = node.replica.raft
-        seen = (
-            raft.term, raft.role, raft.commit, raft.durable, raft.log.last_index, raft.doubt, raft.config_index,
-            raft.transfer_to, node.sync.writing, node.data.identity,
-        )  # fmt: skip
-        if self._looked.get(host.name) != seen:
-            self._looked[host.name] = seen
-            self.duties.look(host)
-            self.rules.look(host)
+    def _look_at(self, node: Node) -> Callable[[Host], None]:
+        """What has the rules look at `node` after a turn, if that changed anything that they look at. (Most turns are
+        ticks, which don't.)"""
+        raft, log, sync, data = node.replica.raft, node.replica.raft.log, node.sync, node.data
+        rules, duties = self.rules, self.duties
+        looked: object = None  # what was there to see at its last turn
+
+        def turn_done(host: Host) -> None:
+            nonlocal looked
+            seen = (
+                raft.term, raft.role, raft.commit, raft.durable, log.last_index, raft.doubt, raft.config_index,
+                raft.transfer_to, sync.writing, data.identity,
+            )  # fmt: skip
+            if looked != seen:
+                looked = seen
+                duties.look(host)
+                rules.look(host)
+
+        return turn_done
 
     def node(self, name: str) -> Node | None:
         """The node that runs on the host `name`."""

@@ -342,7 +342,7 @@ def a_read_is_let_through_to_the_past(c: Cluster) -> None:
     raft = c.raft(c.leader)
     raft.read(4711)
     raft._out.reads.append((4711, raft.commit - 1))
-    raft.ready(c.node(c.leader).now())
+    c.node(c.leader).replica.flush(c.node(c.leader).now())
 
 
 def _changes(c: Cluster, *configs: Configuration) -> None:
