@@ -27,7 +27,7 @@ ROW_OVERHEAD_BYTES: Final = 350  # of a row in a dict, beside its key's and its 
 INSERTED_MAX: Final = 64  # more new keys than this are sorted in, not inserted one by one
 MOVED_MAX: Final = 10_000  # rows that one call may move between dicts: about a millisecond
 GENERATIONS_MAX: Final = 4
-FILTER_SLOTS_MIN: Final = 1 << 20
+FILTER_SLOTS_MIN: Final = 1 << 16
 FILTER_SLOTS_MAX: Final = 1 << 26
 SLOTS_PER_KEY: Final = 16
 

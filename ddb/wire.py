@@ -27,6 +27,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from json import encoder as _json_encoder
 from typing import Any, Final, Protocol
 
@@ -423,6 +424,7 @@ class LineBuffer:
 # --------------------------------------------------------------- addresses
 
 
+@lru_cache(1024)
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, `[IPV6]:PORT` or `http://HOST:PORT/`. Raises BadRequest with a sentence."""
     rest = text.strip()
