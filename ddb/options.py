@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from ddb.formats import Format
 from ddb.settings import seconds, whole
 from ddb.workload import MIX, Fault, mix_shown, parse_faults, parse_mix
 
@@ -19,6 +21,7 @@ REVISION_MAX: Final = (1 << 63) - 1
 UP_DIRECTORY: Final = "ddb-data"
 TIMEOUT_S: Final = 5.0
 VERIFY_TIMEOUT_S: Final = 1.0  # of one operation
+_KEYS: Final = "a key; - reads keys from standard input, @FILE from a file, one a line (@@… is @…)"
 
 
 def _any_integer(text: str) -> int:
@@ -28,7 +31,12 @@ def _any_integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
 
 
-def common(parser: argparse.ArgumentParser, top: bool, timeout_s: float = TIMEOUT_S) -> None:
+def common(
+    parser: argparse.ArgumentParser,
+    top: bool,
+    formats: Sequence[Format] = tuple(Format),
+    timeout_s: float = TIMEOUT_S,
+) -> None:
     """The options that stand before or after the command; after it they only count when they are given."""
 
     def default(value: Any) -> Any:
@@ -41,7 +49,7 @@ def common(parser: argparse.ArgumentParser, top: bool, timeout_s: float = TIMEOU
         default=default(server),
         help=f"the nodes to ask, the first that answers (DDB_SERVER, else {DEFAULT_SERVER})",
     )
-    parser.add_argument("--json", action="store_true", default=default(False), help="print the whole reply as JSON")
+    output_options(parser, formats, default(None))
     parser.add_argument(
         "--timeout",
         metavar="S",
@@ -49,6 +57,30 @@ def common(parser: argparse.ArgumentParser, top: bool, timeout_s: float = TIMEOU
         default=default(None),
         help=f"seconds to try ({timeout_s:g})",
     )
+
+
+def output_options(parser: argparse.ArgumentParser, formats: Sequence[Format], default: Any) -> None:
+    """`-o` with these `formats`, and `--json`, where the command has any."""
+    if len(formats) > 1:
+        offered = "|".join(form.value for form in formats)
+        parser.add_argument(
+            "-o", "--output", metavar=offered, type=_format(formats), default=default, help="how to show the result"
+        )
+    if Format.JSON in formats:
+        parser.add_argument(
+            "--json", dest="output", action="store_const", const=Format.JSON, default=default,
+            help="print the whole reply as JSON, like -o json",
+        )  # fmt: skip
+
+
+def _format(formats: Sequence[Format]) -> Callable[[str], Format]:
+    def parse(text: str) -> Format:
+        for form in formats:
+            if form.value == text:
+                return form
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(form.value for form in formats)}")
+
+    return parse
 
 
 def _condition_options(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +99,14 @@ def _condition_options(parser: argparse.ArgumentParser) -> None:
 
 def _type_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--type", choices=("text", "json", "bytes"), default="text", help="how to take the value (text)"
+        "-t", "--type", choices=("text", "json", "bytes", "base64"), default="text", help="how to take the value (text)"
     )
+    parser.add_argument("--bytes", action="store_true", help="the same as --type bytes")
+
+
+def value_type(args: argparse.Namespace) -> str:
+    """How the values among `args` are to be taken."""
+    return "bytes" if args.bytes else str(args.type)
 
 
 def _read_options(parser: argparse.ArgumentParser) -> None:
@@ -84,21 +122,25 @@ def _range_options(parser: argparse.ArgumentParser) -> None:
 
 def put_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb put`."""
-    parser.add_argument("key", metavar="KEY")
-    parser.add_argument("value", metavar="VALUE", help="the value; - reads it from standard input")
+    parser.add_argument("key", metavar="KEY", help="the key; - and @FILE as for the value")
+    parser.add_argument(
+        "value", metavar="VALUE", help="the value; - reads it from standard input, @FILE from a file (@@… is @…)"
+    )
     _type_option(parser)
+    parser.add_argument("--lease", metavar="ID", type=whole(1, REVISION_MAX), help="delete it when this lease ends")
     _condition_options(parser)
 
 
 def get_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb get`."""
-    parser.add_argument("key", metavar="KEY")
+    parser.add_argument("keys", metavar="KEY", nargs="+", help=_KEYS)
+    parser.add_argument("--rev", metavar="R", type=whole(1, REVISION_MAX), help="as it was at revision R")
     _read_options(parser)
 
 
 def del_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb del`."""
-    parser.add_argument("key", metavar="KEY")
+    parser.add_argument("keys", metavar="KEY", nargs="+", help=_KEYS)
     _type_option(parser)
     _condition_options(parser)
 
@@ -217,7 +259,7 @@ def sim_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", action="store_true", help="show all that happens")
     parser.add_argument("--until", metavar="STEP", type=whole(1, 1 << 40), help="end there, and show every node")
     parser.add_argument("--minimize", action="store_true", help="leave out faults as long as the same rule is broken")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    output_options(parser, (Format.JSON,), argparse.SUPPRESS)
 
 
 def none(parser: argparse.ArgumentParser) -> None:
