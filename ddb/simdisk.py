@@ -15,9 +15,10 @@ Laws:
 Theory. A file is three things: what is durable, what is to be seen now, and the ranges that differ because they were
 written in between. So a small write into a large file costs what it writes. Names are kept twice likewise.
 
-A database is a `sqlite3` connection of its own, whose content is loaded from the simulated file, and goes back into it at each
+A database is SQLite's own, in memory, whose content is loaded from the simulated file, and goes back into it at each
 commit: one changing operation, durable at once where `PRAGMA synchronous` is FULL. SQLite is trusted to leave the commit
-before or the one after, whatever happens in between. Where `synchronous` is less, a commit is just unsynced bytes.
+before or the one after, whatever happens in between. Where `synchronous` is less, a commit is just unsynced bytes. The
+memory outlives the connection, for the next one to the same file: to load it costs more than most of what is asked of it.
 """
 
 from __future__ import annotations
@@ -193,6 +194,7 @@ class SimDisk:
         self.on_change: Callable[[str, Path], None] | None = None
         self.down = False
         self._reading: dict[int, None] = {}  # handles that nothing may be written to
+        self._spares: dict[File, _Memory] = {}  # of connections that were closed
         self._next_handle = 1
 
     # -- what a test or a simulator does
@@ -204,7 +206,7 @@ class SimDisk:
             now, durable = self.names.get(path), self.durable_names.get(path)
             survivor = now if now is durable else rng.choice([now, durable])
             if survivor is None:
-                self.names.pop(path, None)
+                self._drop_spare(self.names.pop(path, None))
             else:
                 self.names[path] = survivor
         self.names = {path: self.names[path] for path in sorted(self.names, key=str)}
@@ -228,6 +230,8 @@ class SimDisk:
         for table in (self.names, self.durable_names, self.directories):
             table.clear()
         self._revive(used_before)
+        for file in list(self._spares):
+            self._drop_spare(file)
 
     def fail(self, operation: str, error: int, *, path: str = "*", nth: int = 1, times: int | None = None) -> None:
         """Let `operation` raise OSError with the errno `error`: from the `nth` call from now on, for `times` calls (None:
@@ -424,11 +428,10 @@ class SimDisk:
             file = self._existing(path)
         except OSError as error:
             raise sqlite_error(sqlite3.SQLITE_CANTOPEN, "unable to open database file") from error
-        connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, factory=SimConnection)
         self._next_handle += 1
-        connection.join(self, self._next_handle, file, frozen)
+        connection = SimConnection(self, self._next_handle, file, self._spares.pop(file, None) or _Memory(), frozen)
         self.connections[self._next_handle] = connection
-        return connection
+        return cast(sqlite3.Connection, connection)
 
     def commit(self, file: File, content: bytes, durable: bool) -> None:
         """A connection has committed `content`. Raises sqlite3.OperationalError where the disk refuses it."""
@@ -488,7 +491,20 @@ class SimDisk:
         self.room_bytes -= grows
         return data
 
+    def spare(self, file: File, memory: _Memory) -> None:
+        """A connection to `file` is closed, and its memory may be the next one's."""
+        if file in self._spares or self.names.get(file.path) is not file:
+            memory.sqlite.close()
+        else:
+            self._spares[file] = memory
+
+    def _drop_spare(self, file: File | None) -> None:
+        if file is not None and (memory := self._spares.pop(file, None)) is not None:
+            memory.sqlite.close()
+
     def _give_back(self, file: File | None) -> None:
+        """Nobody finds `file` any more."""
+        self._drop_spare(file)
         if self.room_bytes is not None and file is not None:
             self.room_bytes += len(file.now)
 
@@ -538,73 +554,104 @@ class SimDisk:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
 
 
-class SimConnection(sqlite3.Connection):
-    """A connection to a database in a simulated file. What a statement answers is fetched at once, so that it is of one
-    moment even when the file changes meanwhile, as a reader's view is in SQLite."""
+class _Memory:
+    """A database of SQLite's own, and which version of a file it was loaded with."""
 
-    def join(self, disk: SimDisk, handle: int, file: File, frozen: bool) -> None:
-        """Belong to `file` from now on."""
+    __slots__ = ("loaded", "sqlite", "version")
+
+    def __init__(self) -> None:
+        self.sqlite = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        self.version = -1
+        self.loaded = b""
+
+
+class SimConnection:
+    """A connection to a database in a simulated file: of a sqlite3.Connection, what a program needs. What a statement
+    answers is fetched at once, so that it is of one moment even when the file changes meanwhile, as a reader's view is
+    in SQLite."""
+
+    __slots__ = ("_disk", "_file", "_frozen", "_handle", "_memory", "_sqlite")
+
+    def __init__(self, disk: SimDisk, handle: int, file: File, memory: _Memory, frozen: bool) -> None:
         self._disk = disk
         self._handle = handle
         self._file = file
-        self._version = -1
-        self._loaded = b""
+        self._frozen = frozen
+        self._memory: _Memory | None = memory
+        self._sqlite = memory.sqlite
+        if memory.version >= 0:
+            self._sqlite.execute(f"PRAGMA synchronous={SYNCHRONOUS_FULL}")  # as in a new one
         if frozen:
-            super().execute("PRAGMA query_only=ON")
+            self._sqlite.execute("PRAGMA query_only=ON")
+
+    @property
+    def in_transaction(self) -> bool:
+        """sqlite3.Connection.in_transaction."""
+        return self._memory is not None and self._sqlite.in_transaction
 
     def execute(self, sql: str, parameters: Parameters = (), /) -> sqlite3.Cursor:
         """sqlite3.Connection.execute; of the cursor, only what reads rows is there."""
-        self._refresh()
-        cursor = super().execute(sql, parameters)
+        memory = self._refreshed()
+        cursor = self._sqlite.execute(sql, parameters)
         if cursor.description is None:
-            self._settle(sql)
+            self._settle(memory, sql)
             return cursor
         rows = _Rows(cursor.fetchall())
-        self._settle(sql)
+        self._settle(memory, sql)
         return cast(sqlite3.Cursor, rows)
 
     def executemany(self, sql: str, parameters: Iterable[Parameters], /) -> sqlite3.Cursor:
         """sqlite3.Connection.executemany."""
-        self._refresh()
-        cursor = super().executemany(sql, parameters)
-        self._settle(sql)
+        memory = self._refreshed()
+        cursor = self._sqlite.executemany(sql, parameters)
+        self._settle(memory, sql)
         return cursor
 
-    def backup(self, target: sqlite3.Connection, **options: Any) -> None:
+    def backup(self, target: SimConnection, **options: Any) -> None:
         """sqlite3.Connection.backup, into another simulated database."""
-        assert isinstance(target, SimConnection)
-        self._refresh()
-        target._refresh()
-        super().backup(target, **options)
-        target._settle("BACKUP")
+        self._refreshed()
+        memory = target._refreshed()
+        self._sqlite.backup(target._sqlite, **options)
+        target._settle(memory, "BACKUP")
 
     def close(self) -> None:
         """sqlite3.Connection.close, which changes nothing on the disk; also when that is down."""
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
         self._disk.connections.pop(self._handle, None)
-        super().close()
+        if self._frozen or memory.sqlite.in_transaction:
+            memory.sqlite.close()
+        else:
+            self._disk.spare(self._file, memory)
 
-    def _refresh(self) -> None:
-        """Outside a transaction, see what is in the file."""
+    def _refreshed(self) -> _Memory:
+        """The memory in which, outside a transaction, is what is in the file."""
         if self._disk.down:
             raise Crash
-        if self._version != self._file.version and not self.in_transaction:
-            content = bytes(self._file.now)
-            self.deserialize(content or _EMPTY)
-            self._loaded, self._version = content, self._file.version
+        memory, file = self._memory, self._file
+        if memory is None:
+            raise sqlite3.ProgrammingError("Cannot operate on a closed database.")
+        if memory.version != file.version and not self._sqlite.in_transaction:
+            content = bytes(file.now)
+            self._sqlite.deserialize(content or _EMPTY)
+            memory.loaded, memory.version = content, file.version
+        return memory
 
-    def _settle(self, sql: str) -> None:
+    def _settle(self, memory: _Memory, sql: str) -> None:
         """After a statement: what it committed, if anything, goes into the file."""
-        if self.in_transaction or sql.split(None, 1)[0].upper() in NOT_WRITING:
+        if self._sqlite.in_transaction or sql.split(None, 1)[0].upper() in NOT_WRITING:
             return
-        content = _unsigned(self.serialize())
-        if content == (self._loaded or _EMPTY):
+        content = _unsigned(self._sqlite.serialize())
+        if content == (memory.loaded or _EMPTY):
             return
-        (synchronous,) = super().execute("PRAGMA synchronous").fetchone()
-        version, self._version = self._version, -1  # unless all goes well, what is in memory here did not happen
-        if version != self._file.version:
+        (synchronous,) = self._sqlite.execute("PRAGMA synchronous").fetchone()
+        file = self._file
+        version, memory.version = memory.version, -1  # unless all goes well, what is in memory here did not happen
+        if version != file.version:
             raise sqlite_error(sqlite3.SQLITE_BUSY, "database is locked")
-        self._disk.commit(self._file, content, synchronous >= SYNCHRONOUS_FULL)
-        self._loaded, self._version = content, self._file.version
+        self._disk.commit(file, content, synchronous >= SYNCHRONOUS_FULL)
+        memory.loaded, memory.version = content, file.version
 
 
 class _Rows:
