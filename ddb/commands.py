@@ -10,11 +10,14 @@ Laws:
 
 Theory. A *command* is a JSON array, its name first. The shapes, with `?` where a part may be missing:
 
-    ["put", KEY, VALUE, {"if": [CONDITION, …]}?]      ["delete", KEY, {"if": [CONDITION, …]}?]
+    ["put", KEY, VALUE, OPTIONS?]                     ["delete", KEY, {"if": [CONDITION, …]}?]
     ["incr", KEY, BY]                                 ["batch", [PUT or DELETE, …]]
     ["txn", [CONDITION, …], [COMMAND, …], [COMMAND, …]]
     ["get", KEY]    ["scan", RANGE]    ["count", RANGE]
+    ["session_open"]    ["session_close", CLIENT]     ["lease_grant", TTL in ms]    ["lease_revoke", LEASE]
+    ["once", CLIENT, SEQ, COMMAND]                    any write of a session but those that open or close one
 
+    OPTIONS:   {"if": [CONDITION, …]}, {"lease": LEASE}, or both in one
     CONDITION: {"key": KEY, "op": "=", "rev": 12}, or "version", "value" or "exists" in the place of "rev"
     RANGE:     {"start": KEY, "end": KEY or null}, in a scan with "limit", "reverse" and "keys_only" besides
 
@@ -23,12 +26,13 @@ understand it. In the form that `prepare` returns, a value to be put is already 
 never decodes to, so the machine can't take one for the other. A value is encoded once on the leader's way, and
 the encoding is what rows keep.
 
-Safety fields that this version doesn't have (`client`, `seq`, `lease`) are refused: a client that believes its
+A field on which a client's safety hangs (`client`, `seq`, `lease`) is refused where it has no effect: who believes a
 retry safe must not be left in that belief.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -43,17 +47,16 @@ RANGE_READS_MAX: Final = 100  # scans and counts in one txn, for each may walk a
 SCAN_LIMIT: Final = 1000  # items, when the request doesn't say
 SCAN_LIMIT_MAX: Final = 10_000
 
-WRITES: Final = frozenset({"put", "delete", "incr", "batch", "txn"})
+TTL_MS_MAX: Final = 365 * 24 * 3600 * 1000  # of a lease
+SEQ_MAX: Final = 2**53
+
+SESSION_WRITES: Final = frozenset({"session_open", "session_close"})
+WRITES: Final = frozenset({"put", "delete", "incr", "batch", "txn", "lease_grant", "lease_revoke"}) | SESSION_WRITES
 READS: Final = frozenset({"get", "scan", "count"})
 COMPARISONS: Final = frozenset({"=", "!=", "<", ">"})
 SUBJECTS: Final = ("rev", "version", "value", "exists")
 
 _UNUSUAL: Final = frozenset({"if", "lease", "client", "seq"})
-_NOT_YET: Final = {
-    "client": "Exactly-once writes are not available in this version; leave out `client` and `seq`.",
-    "seq": "Exactly-once writes are not available in this version; leave out `client` and `seq`.",
-    "lease": "Leases are not available in this version; leave out `lease`.",
-}
 _MISSING: Final = object()
 
 Prepared = tuple[bytes, Command]
@@ -80,7 +83,10 @@ def prepare(request: dict[str, Any]) -> Prepared:
     prepare_op = _PREPARE.get(op) if type(op) is str else None
     if prepare_op is None:
         raise BadRequest(f"{_shown(op)} is not a write; the writes are {_listed(sorted(WRITES))}.")
-    return _sized(prepare_op(request))
+    prepared = prepare_op(request)
+    if request.get("client") is not None or request.get("seq") is not None:
+        prepared = _once(request, *prepared)
+    return _sized(prepared)
 
 
 def prepare_read(request: dict[str, Any]) -> Command:
@@ -115,7 +121,7 @@ def well_formed(entry: bytes, command: Any) -> bool:
         return False
     if command[0] == "put" and len(command) == 3:
         return _is_key(command[1])
-    return command[0] in ("put", "delete", "incr", "batch", "txn") and _has_shape(command)
+    return type(command[0]) is str and command[0] in _FORWARDED and _has_shape(command)
 
 
 def prefix_end(prefix: str) -> str | None:
@@ -146,21 +152,24 @@ def _too_large(entry: bytes) -> TooLarge:
 
 def _put(request: dict[str, Any]) -> Prepared:
     key = _key(request)
-    _refuse_not_yet(request)
     if "value" not in request:
         raise BadRequest("A put needs a `value`: any JSON value, null included.")
     value = request["value"]
     data = encode_string(value) if type(value) is str else encode(value)
+    options: dict[str, Any] = {}
     conditions = _conditions(request, key)
-    if conditions is None:
+    if conditions is not None:
+        options["if"] = conditions
+    if request.get("lease") is not None:
+        options["lease"] = _id(request, "lease")
+    if not options:
         return b'["put",%b,%b]' % (encode_string(key), data), ["put", key, data]
-    options = {"if": conditions}
     return b'["put",%b,%b,%b]' % (encode_string(key), data, encode(options)), ["put", key, data, options]
 
 
 def _delete(request: dict[str, Any]) -> Prepared:
     key = _key(request)
-    _refuse_not_yet(request)
+    _refuse_lease(request)
     conditions = _conditions(request, key)
     command: Command = ["delete", key] if conditions is None else ["delete", key, {"if": conditions}]
     return encode(command), command
@@ -168,7 +177,7 @@ def _delete(request: dict[str, Any]) -> Prepared:
 
 def _incr(request: dict[str, Any]) -> Prepared:
     key = _key(request)
-    _refuse_not_yet(request)
+    _refuse_lease(request)
     _refuse_condition(request, "incr")
     by = request.get("by", 1)
     if type(by) is not int:
@@ -178,7 +187,7 @@ def _incr(request: dict[str, Any]) -> Prepared:
 
 
 def _batch(request: dict[str, Any]) -> Prepared:
-    _refuse_not_yet(request)
+    _refuse_lease(request)
     _refuse_condition(request, "batch")
     if "ops" not in request:
         raise BadRequest('A batch needs `ops`: a list like [{"op":"put","key":"a","value":1}].')
@@ -187,7 +196,7 @@ def _batch(request: dict[str, Any]) -> Prepared:
 
 
 def _txn(request: dict[str, Any]) -> Prepared:
-    _refuse_not_yet(request)
+    _refuse_lease(request)
     conditions = _conditions(request, None) or []
     then, then_commands = _operations(request, "then", _IN_TXN)
     other, other_commands = _operations(request, "else", _IN_TXN)
@@ -195,6 +204,66 @@ def _txn(request: dict[str, Any]) -> Prepared:
         if sum(c[0] in ("scan", "count") for c in commands) > RANGE_READS_MAX:
             raise TooLarge(f"`{name}` has more than {RANGE_READS_MAX} scans and counts; split the transaction.")
     return b'["txn",%b,%b,%b]' % (encode(conditions), then, other), ["txn", conditions, then_commands, other_commands]
+
+
+def _session_open(request: dict[str, Any]) -> Prepared:
+    if request.get("client") is not None or request.get("seq") is not None:
+        raise BadRequest("A session is opened without `client` and `seq`; the reply says which `client` it is.")
+    return b'["session_open"]', ["session_open"]
+
+
+def _session_close(request: dict[str, Any]) -> Prepared:
+    if request.get("seq") is not None:
+        raise BadRequest("A session is closed without `seq`; to close it twice does no harm.")
+    command: Command = ["session_close", _id(request, "client")]
+    return encode(command), command
+
+
+def _lease_grant(request: dict[str, Any]) -> Prepared:
+    ttl_s: Any = request.get("ttl")
+    if ttl_s.__class__ not in (int, float) or not 0.001 <= ttl_s <= TTL_MS_MAX / 1000:
+        raise BadRequest(
+            f"`ttl` is how long a lease lives without a keep-alive: 0.001 to {TTL_MS_MAX // 1000} seconds, "
+            f"not {_shown(ttl_s)}."
+        )
+    command: Command = ["lease_grant", math.ceil(round(ttl_s * 1000, 6))]
+    return encode(command), command
+
+
+def _lease_revoke(request: dict[str, Any]) -> Prepared:
+    command: Command = ["lease_revoke", _id(request, "lease")]
+    return encode(command), command
+
+
+def _once(request: dict[str, Any], entry: bytes, command: Command) -> Prepared:
+    """The write `command` as one of a session."""
+    if command[0] in SESSION_WRITES:
+        return entry, command
+    client, seq = _id(request, "client"), _id(request, "seq")
+    return b'["once",%d,%d,%b]' % (client, seq, entry), ["once", client, seq, command]
+
+
+def lease_of(request: dict[str, Any]) -> int:
+    """The id in the `lease` field of a request. Raises BadRequest."""
+    return _id(request, "lease")
+
+
+def _id(request: dict[str, Any], name: str) -> int:
+    number: Any = request.get(name)
+    if not _is_id(number):
+        raise BadRequest(f"{_ID_MEANS[name]}, not {_shown(number)}.")
+    return int(number)
+
+
+def _is_id(number: Any) -> bool:
+    return type(number) is int and 0 < number <= SEQ_MAX
+
+
+_ID_MEANS: Final = {
+    "lease": "`lease` is the number that lease_grant answered",
+    "client": "`client` is the number that session_open answered, and `seq` goes with it",
+    "seq": "`seq` is a whole number from 1 on that grows with each new write of the session, and `client` goes with it",
+}
 
 
 def _operations(
@@ -219,6 +288,8 @@ def _operations(
         try:
             if operation.get("if") is not None:
                 raise BadRequest("an operation has no condition of its own here; use the `if` of a txn.")
+            if operation.get("client") is not None or operation.get("seq") is not None:
+                raise BadRequest("`client` and `seq` belong to the whole request, not to an operation.")
             entry, command = prepare_op(operation)
         except BadRequest as error:
             raise BadRequest(f"`{field}`[{number}]: {error.message}") from None
@@ -298,8 +369,10 @@ def _has_shape(command: Any) -> bool:
     match command:
         case ["put", key, _] | ["delete", key] | ["get", key]:
             return _is_key(key)
-        case ["put", key, _, {"if": conditions, **more}] | ["delete", key, {"if": conditions, **more}]:
+        case ["delete", key, {"if": conditions, **more}]:
             return _is_key(key) and not more and _are_conditions(conditions)
+        case ["put", key, _, {**options}]:
+            return _is_key(key) and _are_options(options)
         case ["incr", key, by]:
             return _is_key(key) and type(by) is int
         case ["scan", {"start": str(), "end": str() | None, "limit": limit, "reverse": bool(), "keys_only": bool()}]:
@@ -307,16 +380,38 @@ def _has_shape(command: Any) -> bool:
         case ["count", {"start": str(), "end": str() | None}]:
             return True
         case ["batch", list(commands)]:
-            return _are_commands(commands, ("put", "delete"), 3)
+            return _are_commands(commands, ("put", "delete"))
         case ["txn", conditions, list(then), list(other)]:
             known = tuple(_IN_TXN)
-            return _are_conditions(conditions) and _are_commands(then, known, 3) and _are_commands(other, known, 3)
+            return _are_conditions(conditions) and _are_commands(then, known) and _are_commands(other, known)
+        case ["session_open"]:
+            return True
+        case ["session_close" | "lease_revoke", number]:
+            return _is_id(number)
+        case ["lease_grant", ttl_ms]:
+            return type(ttl_ms) is int and 0 < ttl_ms <= TTL_MS_MAX
+        case ["once", client, seq, [str(op), *_] as command]:
+            return _is_id(client) and _is_id(seq) and op in WRITES - SESSION_WRITES and _has_shape(command)
     return False
 
 
-def _are_commands(commands: list[Any], known: tuple[str, ...], parts_max: int) -> bool:
+def _are_commands(commands: list[Any], known: tuple[str, ...]) -> bool:
     return len(commands) <= OPERATIONS_MAX and all(
-        type(c) is list and 0 < len(c) <= parts_max and c[0] in known and _has_shape(c) for c in commands
+        type(c) is list and c and c[0] in known and _has_shape(c) and _is_unconditional(c) for c in commands
+    )
+
+
+def _is_unconditional(command: list[Any]) -> bool:
+    options = command[3:] if command[0] == "put" else command[2:] if command[0] == "delete" else []
+    return not options or "if" not in options[0]
+
+
+def _are_options(options: dict[Any, Any]) -> bool:
+    return (
+        bool(options)
+        and options.keys() <= {"if", "lease"}
+        and ("if" not in options or _are_conditions(options["if"]))
+        and ("lease" not in options or _is_id(options["lease"]))
     )
 
 
@@ -353,10 +448,9 @@ def _check_key_size(key: Any, name: str, bytes_max: int = KEY_BYTES_MAX) -> None
         raise TooLarge(f"{name} has {size} bytes, where {bytes_max} are allowed.")
 
 
-def _refuse_not_yet(request: dict[str, Any]) -> None:
-    for name, sentence in _NOT_YET.items():
-        if request.get(name) is not None:
-            raise BadRequest(sentence)
+def _refuse_lease(request: dict[str, Any]) -> None:
+    if request.get("lease") is not None:
+        raise BadRequest("Only a put takes a `lease`.")
 
 
 def _refuse_condition(request: dict[str, Any], op: str) -> None:
@@ -389,7 +483,12 @@ _PREPARE: Final[dict[str, Callable[[dict[str, Any]], Prepared]]] = {
     "incr": _incr,
     "batch": _batch,
     "txn": _txn,
+    "session_open": _session_open,
+    "session_close": _session_close,
+    "lease_grant": _lease_grant,
+    "lease_revoke": _lease_revoke,
 }
+_FORWARDED: Final = WRITES | {"once"}
 _IN_TXN: Final[dict[str, Callable[[dict[str, Any]], Prepared]]] = {
     "put": _put,
     "delete": _delete,

@@ -12,13 +12,16 @@ revision that created it, how often it was written since (its *version*), and a 
 the key. Rows are plain tuples of bytes and ints, which the garbage collector does not walk: a million of them
 cost it nothing, a million objects 155 ms at a time.
 
-The *digest* of a table is the sum, modulo 2**64, of the squares of its rows' checksums. A sum needs no order and
+The *digest* of a table is the sum, modulo 2**64, of the squares of its rows' (and records') checksums. A sum needs no order and
 is kept up to date by adding the new row's square and taking the old one's away; the square keeps two
 differences from cancelling, as they would in a plain sum of CRCs. Equal logs give equal digests, so
 members compare them, and a snapshot is verified against its own.
 
 Where a txn fails halfway, the changes it made are taken back one by one, newest first. That is simpler than an overlay
 that every read must look through, and costs only those who fail.
+
+Beside the rows stand sessions and leases (sessions.py, leases.py), in the records of a ledger that the digest covers, too.
+A write of a session is wrapped: `["once", CLIENT, SEQ, COMMAND]`. What is inside is applied as if it stood alone.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ from zlib import crc32
 
 from ddb.codec import decode_batch
 from ddb.commands import READS, WRITES, prefix_end, prepare, prepare_read
-from ddb.errors import BadRequest, Overloaded, TooLarge, invariant
+from ddb.errors import BadRequest, Overloaded, SessionExpired, TooLarge, invariant
+from ddb.leases import Leases, ttl_json
+from ddb.ledger import Ledger
 from ddb.messages import Batch, Command
+from ddb.sessions import Sessions, check_reply
 from ddb.wire import decode_trusted, encode, encode_string, failure
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "Change",
     "Machine",
     "MemoryTable",
+    "Readable",
     "Row",
     "Table",
     "answer",
@@ -64,21 +71,11 @@ BATCH_REPLY_BYTES_MAX: Final = 32 << 20  # of all the larger replies to one batc
 SMALL_REPLY_BYTES: Final = 4 << 10  # such replies are always given
 
 
-class Table(Protocol):
-    """Where the machine keeps its rows. `digest` is the machine's to change and the table's to keep."""
-
-    digest: int
+class Readable(Protocol):
+    """Rows that can be looked at."""
 
     def row(self, key: str) -> Row | None:
         """The row under `key`, or None."""
-        ...
-
-    def put(self, key: str, row: Row, old: Row | None) -> None:
-        """Store `row` under `key`, in the place of `old`, which is what `row(key)` returned just now."""
-        ...
-
-    def remove(self, key: str, old: Row) -> None:
-        """Remove `key`; `old` is what `row(key)` returned just now."""
         ...
 
     def rows(self, start: str = "", end: str | None = None, reverse: bool = False) -> Iterator[tuple[str, Row]]:
@@ -88,6 +85,22 @@ class Table(Protocol):
 
     def count(self, start: str = "", end: str | None = None) -> int:
         """How many keys `rows(start, end)` has."""
+        ...
+
+
+class Table(Readable, Protocol):
+    """Where the machine keeps its rows, and beside them the ledger. `digest`, of both, is the machine's to change and the
+    table's to keep."""
+
+    digest: int
+    ledger: Ledger
+
+    def put(self, key: str, row: Row, old: Row | None) -> None:
+        """Store `row` under `key`, in the place of `old`, which is what `row(key)` returned just now."""
+        ...
+
+    def remove(self, key: str, old: Row) -> None:
+        """Remove `key`; `old` is what `row(key)` returned just now."""
         ...
 
 
@@ -107,17 +120,22 @@ def digest_of(rows: Iterator[tuple[str, Row]]) -> int:
 class Machine:
     """Applies batches to a table, in the order of the log.
 
-    `applied` is the last index applied. `on_changes`, when set, is called once after each batch that changed something,
+    `applied` is the last index applied; `sessions` and `leases` are what the table's ledger says. `on_changes`, when set, is called once after each batch that changed something,
     with the batch and its changes in order; it makes room for watches, and costs nothing while it is None.
     """
 
-    __slots__ = ("_changes", "_client", "_does", "_room", "applied", "on_changes", "table")
+    __slots__ = (
+        "_attached", "_changes", "_client", "_does", "_room", "applied", "leases", "on_changes", "sessions", "table",
+    )  # fmt: skip
 
     def __init__(self, table: Table, applied: int = 0) -> None:
         self.table = table
         self.applied = applied
+        self.sessions = Sessions(table.ledger)
+        self.leases = Leases(table.ledger)
         self.on_changes: Callable[[Batch, list[Change]], None] | None = None
         self._changes: list[Change] = []
+        self._attached: list[tuple[str, int]] = []  # keys whose lease this batch has changed, with the one before
         self._client = 0  # the session whose write is being applied
         self._room = 0  # bytes that the replies to this batch may still take
         self._does: dict[str, Callable[[int, Command], bytes]] = {
@@ -126,6 +144,13 @@ class Machine:
             "incr": self._incr,
             "batch": self._batch,
             "txn": self._txn,
+            "once": self._once,
+            "session_open": self._session_open,
+            "session_close": self._session_close,
+            "session_expire": self._session_expire,
+            "lease_grant": self._lease_grant,
+            "lease_revoke": self._lease_revoke,
+            "lease_expire": self._lease_expire,
             "noop": lambda rev, _: b'{"ok":true,"rev":%d}' % rev,
         }
 
@@ -148,6 +173,7 @@ class Machine:
         invariant(commands is not None and len(commands) == batch.last - rev + 1, "a batch has its entries")
         table, changes = self.table, self._changes
         row_of, put, watched = table.row, table.put, self.on_changes is not None
+        leased = self.leases.of
         self._room = BATCH_REPLY_BYTES_MAX
         added = 0  # to the digest, by the plain puts below
         replies: list[bytes] = []
@@ -167,13 +193,17 @@ class Machine:
                 row = (value, rev, created, version, crc)
                 put(key, row, old)
                 added += crc * crc
+                if leased and key in leased:
+                    self.leases.attach(key, 0)
                 if watched:
                     changes.append((rev, key, row, old, 0))
                 replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
             else:
                 replies.append(self._apply(rev, command))
             rev += 1
-        table.digest = (table.digest + added) & DIGEST_MASK
+        table.digest = (table.digest + added + table.ledger.growth) & DIGEST_MASK
+        table.ledger.growth = 0
+        self._attached.clear()
         if changes:
             if self.on_changes is not None:
                 self.on_changes(batch, changes)
@@ -185,17 +215,24 @@ class Machine:
         if do is None:
             invariant(False, f"entry {rev} holds {command[0]!r}, which this version of ddb can't apply; upgrade it")
             raise AssertionError
-        mark = len(self._changes)
+        mark = len(self._changes), len(self._attached)
         try:
             reply = do(rev, command)
             if len(reply) > SMALL_REPLY_BYTES:
-                self._room -= len(reply)
-                if self._room < 0:
-                    raise Overloaded("Too many long replies are due at once, so nothing was done; try again later.")
+                self._check_room(command[0], reply)
             return reply
-        except (BadRequest, TooLarge, Overloaded) as error:
-            self._take_back(mark)
+        except (BadRequest, TooLarge, Overloaded, SessionExpired) as error:
+            self._take_back(*mark)
             return failure(error)
+
+    def _check_room(self, op: str, reply: bytes) -> None:
+        """Raise TooLarge or Overloaded for a reply that can't be given or kept; the command is then taken back."""
+        if self._client:
+            check_reply(reply)
+        elif op != "once":  # the session keeps that reply anyway
+            self._room -= len(reply)
+            if self._room < 0:
+                raise Overloaded("Too many long replies are due at once, so nothing was done; try again later.")
 
     def _change(self, rev: int, key: str, old: Row | None, row: Row | None) -> None:
         """Put `row` in the place of `old` (None: there is none), and remember that."""
@@ -208,14 +245,22 @@ class Machine:
         if old is not None:
             table.digest -= old[4] * old[4]
         table.digest &= DIGEST_MASK
-        self._changes.append((rev, key, row, old, 0))
+        self._changes.append((rev, key, row, old, self._client))
 
-    def _take_back(self, mark: int) -> None:
-        """Undo all changes but the first `mark` of this batch."""
-        while len(self._changes) > mark:
+    def _take_back(self, changes: int, attached: int) -> None:
+        """Undo all changes of rows and of leases but the first so many of this batch."""
+        while len(self._changes) > changes:
             rev, key, row, old, _ = self._changes.pop()
             self._change(rev, key, row, old)
             self._changes.pop()
+        while len(self._attached) > attached:
+            self.leases.attach(*self._attached.pop())
+
+    def _attach(self, key: str, lease: int) -> None:
+        """Attach `key` to `lease` (0: to none), and remember that."""
+        old = self.leases.attach(key, lease)
+        if old != lease:
+            self._attached.append((key, old))
 
     def _write(self, rev: int, key: str, old: Row | None, value: bytes) -> Row:
         """Put `value` under `key`. Each write counts as a version, also the second one of the same entry."""
@@ -225,13 +270,18 @@ class Machine:
         return row
 
     def _put(self, rev: int, command: Command) -> bytes:
-        _, key, value, *options = command
+        key, value = command[1], command[2]
+        options = command[3] if len(command) > 3 else {}
+        lease = options.get("lease", 0)
+        if lease:
+            self.leases.require(lease)
         old = self.table.row(key)
-        if options and not all(holds(self.table, condition) for condition in options[0]["if"]):
+        if not all(holds(self.table, condition) for condition in options.get("if", ())):
             return _not_applied(b"", old)
         data = value if type(value) is bytes else encode(value)
         row = self._write(rev, key, old, data)
-        applied = b',"applied":true' if options else b""
+        self._attach(key, lease)
+        applied = b',"applied":true' if "if" in options else b""
         return b'{"ok":true%b,"rev":%d,"version":%d}' % (applied, rev, row[3])
 
     def _delete(self, rev: int, command: Command) -> bytes:
@@ -241,6 +291,7 @@ class Machine:
             return _not_applied(b',"deleted":0', old)
         if old is not None:
             self._change(rev, key, old, None)
+            self._attach(key, 0)
         applied = b',"applied":true' if options else b""
         return b'{"ok":true%b,"deleted":%d,"rev":%d}' % (applied, old is not None, rev)
 
@@ -272,6 +323,51 @@ class Machine:
             b"true" if succeeded else b"false", b",".join(results), rev,
         )  # fmt: skip
 
+    # --- sessions and leases ------------------------------------------------------------------------------------
+
+    def _once(self, rev: int, command: Command) -> bytes:
+        _, client, seq, inner = command
+        reply = self.sessions.recall(client, seq, rev)
+        if reply is None:
+            self._client = client
+            reply = self._apply(rev, inner)
+            self._client = 0
+            self.sessions.keep(client, seq, rev, reply)
+        return reply
+
+    def _session_open(self, rev: int, _: Command) -> bytes:
+        self.sessions.open(rev)
+        return b'{"ok":true,"client":%d,"rev":%d}' % (rev, rev)
+
+    def _session_close(self, rev: int, command: Command) -> bytes:
+        return b'{"ok":true,"closed":%d,"rev":%d}' % (self.sessions.close(command[1]), rev)
+
+    def _session_expire(self, rev: int, command: Command) -> bytes:
+        return b'{"ok":true,"expired":%d,"rev":%d}' % (self.sessions.expire(command[1]), rev)
+
+    def _lease_grant(self, rev: int, command: Command) -> bytes:
+        self.leases.grant(rev, command[1])
+        return b'{"ok":true,"lease":%d,"ttl":%b,"rev":%d}' % (rev, ttl_json(command[1]), rev)
+
+    def _lease_revoke(self, rev: int, command: Command) -> bytes:
+        self.leases.require(command[1])
+        return b'{"ok":true,"deleted":%d,"rev":%d}' % (self._end_leases(rev, [command[1]]), rev)
+
+    def _lease_expire(self, rev: int, command: Command) -> bytes:
+        there = [lease for lease in command[1] if lease in self.leases.ttl_ms]
+        return b'{"ok":true,"deleted":%d,"rev":%d}' % (self._end_leases(rev, there), rev)
+
+    def _end_leases(self, rev: int, leases: list[int]) -> int:
+        """Forget `leases`, and delete all their keys. Returns how many that were."""
+        deleted = 0
+        for lease in leases:
+            for key in self.leases.end(lease):
+                row = self.table.row(key)
+                invariant(row is not None, "an attached key is there")
+                self._change(rev, key, row, None)
+                deleted += 1
+        return deleted
+
 
 def _not_applied(more: bytes, old: Row | None) -> bytes:
     if old is None:
@@ -292,7 +388,7 @@ def _name(key: str) -> str:
 # -------------------------------------------------------------- conditions
 
 
-def holds(table: Table, condition: dict[str, Any]) -> bool:
+def holds(table: Readable, condition: dict[str, Any]) -> bool:
     """Whether a normalised condition (commands.py) holds in `table`.
 
     An absent key has revision 0 and version 0. It has no value: a `value` condition on it holds with `!=` only,
@@ -347,7 +443,7 @@ def json_equal(a: Any, b: Any) -> bool:
 # ------------------------------------------------------------------- reads
 
 
-def answer(table: Table, command: Command, rev: int) -> bytes:
+def answer(table: Readable, command: Command, rev: int) -> bytes:
     """The reply to a read command from `prepare_read`, where `rev` is the last revision that `table` shows.
 
     Raises CorruptStore where the table can't be trusted.
@@ -369,7 +465,7 @@ def answer(table: Table, command: Command, rev: int) -> bytes:
     return _scan(table, command[1], rev)
 
 
-def _scan(table: Table, range: dict[str, Any], rev: int) -> bytes:
+def _scan(table: Readable, range: dict[str, Any], rev: int) -> bytes:
     limit, keys_only = range["limit"], range["keys_only"]
     items: list[bytes] = []
     size = 0
@@ -393,6 +489,7 @@ class MemoryTable:
 
     def __init__(self) -> None:
         self.digest = 0
+        self.ledger = Ledger()
         self._rows: dict[str, Row] = {}
         self._order: list[str] = []
 

@@ -45,6 +45,7 @@ from ddb.service import NodeService
 from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
+from ddb.tenure import Tenure
 from ddb.world import OsWorld, World
 
 log = logging.getLogger("ddb.node")
@@ -168,6 +169,7 @@ class Node:
             disk=self.world.disk,
         )  # fmt: skip
         self._closing.append(self.sync.close)
+        self.tenure = Tenure(self.replica, self.world.wall_ms)
         self.replica.snapshots = self.sync
         self.replica.remember = self._remember
         raft.remembered = frozenset(self.data.identity.members)
@@ -312,12 +314,14 @@ class Node:
         self.replica.flush(self.now())
         if self.service.flushed():
             self.replica.flush(self.now())
+        self.service.watching.turn()
 
     # --- time ---------------------------------------------------------------------------------------------------
 
     def _tick(self) -> None:
         now = self.now()
         self.replica.tick(now)
+        self.tenure.tick(now)
         self.sync.tick(now)
         self.service.tick(now)
         raft = self.replica.raft
@@ -457,6 +461,7 @@ class Node:
             if (handing_over or in_between) and now < self._leave_at:
                 return
             self.service.leaving = True
+            self.service.watching.leave()
             self._leave_phase, self._leave_at = 2, now + DRAIN_S
         if self._leave_phase == 2 and (self.replica.idle or now >= self._leave_at):
             self._leave_phase, self._leave_at = 3, now + LINGER_S

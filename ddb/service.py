@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
-from ddb import __version__, codec, http, wire
-from ddb.commands import WRITES, prepare, prepare_read
+from ddb import __version__, codec, http, leasing, past, wire
+from ddb.commands import WRITES, lease_of, prepare, prepare_read
 from ddb.errors import (
     BadRequest,
     DdbError,
@@ -31,6 +31,8 @@ from ddb.replica import Replica
 from ddb.routes import node_routes
 from ddb.server import Slot
 from ddb.sync import Sync
+from ddb.tenure import Tenure
+from ddb.watching import Watching
 from ddb.world import World
 
 log = logging.getLogger(__name__)
@@ -40,12 +42,11 @@ TIMEOUT_MAX_S: Final = 3600.0
 LOG_LIMIT: Final = 100
 LOG_LIMIT_MAX: Final = 10_000
 LOG_BYTES_MAX: Final = 4 << 20
-READS: Final = ("get", "scan", "count")
-FOR_THE_LEADER: Final = (*READS, "members", "member_remove", "member_promote", "transfer")
-LATER: Final = (
-    "watch", "session_open", "session_close", "lease_grant", "lease_keepalive", "lease_revoke", "lease_list",
-    "backup", "trace",
+READS: Final = ("get", "scan", "count", "history")
+FOR_THE_LEADER: Final = (
+    *READS, *leasing.OPS, "members", "member_remove", "member_promote", "transfer",
 )  # fmt: skip
+LATER: Final = ("backup", "trace")
 
 Request = dict[str, Any]
 
@@ -58,6 +59,7 @@ class Node(Protocol):
     address: str
     replica: Replica
     sync: Sync
+    tenure: Tenure
     peers: Peers
     patience: Patience
     started_at: float
@@ -102,12 +104,14 @@ class NodeService:
         self._tickets = node.world.rng.getrandbits(48)  # as the replica's: no earlier life used these
         self._waiting: list[_Line] = []  # of the connections where something waits for its turn
         self._transfers: list[tuple[str, Slot]] = []  # who led, and who waits for another to lead
+        self._watching: Watching | None = None
         self._ops: dict[str, Callable[[Request, Slot], None]] = {
             **dict.fromkeys(WRITES, self._write),
-            **dict.fromkeys(READS, self._read),
+            **dict.fromkeys((*READS, "watch"), self._read),
             "ping": self._ping,
             "status": self._status,
             "ready": self._ready,
+            **dict.fromkeys(leasing.OPS, self._lease_read),
             "members": self._members,
             "member_remove": lambda request, slot: self._at_leader(request, slot, self._remove),
             "member_promote": lambda request, slot: self._at_leader(request, slot, self._promote),
@@ -139,6 +143,7 @@ class NodeService:
 
     def tick(self, now: float) -> None:
         """Answer those who wait for a change of leadership, or whose time is up."""
+        self.watching.tick(now)
         if not self._calls and not self._transfers:
             return
         for ticket, (_, slot) in list(self._calls.items()):
@@ -155,6 +160,13 @@ class NodeService:
             else:
                 still.append((old, slot))
         self._transfers = still
+
+    @property
+    def watching(self) -> Watching:
+        """The watchers of this node."""
+        if self._watching is None:  # the node opens its replica behind its service
+            self._watching = Watching(self._node.replica, self._node.sync.chronicle, self._node.now)
+        return self._watching
 
     def disconnected(self, peer: str) -> None:
         """Whatever was passed on to `peer` gets no reply any more."""
@@ -189,12 +201,39 @@ class NodeService:
                 writes, request, slot = line.held.popleft()
                 begun = True
                 try:
-                    (self._write_now if writes else self._read_now)(line, request, slot)
+                    if writes:
+                        self._write_now(line, request, slot)
+                    elif request["op"] in leasing.OPS:
+                        self._lease_read_now(line, request, slot)
+                    else:
+                        self._read_now(line, request, slot)
                 except DdbError as error:
                     slot.fail(error)
             if line.held:
                 self._waiting.append(line)
         return begun
+
+    @property
+    def _must_ask_leader(self) -> bool:
+        """Whether this node falls behind: what can't be saved here isn't sent here."""
+        replica = self._node.replica
+        return replica.read_only and self._leader() is not None and not replica.is_leader
+
+    def _lease_read(self, request: Request, slot: Slot) -> None:
+        line = self._in_line(False, request, slot)
+        if line is not None:
+            self._lease_read_now(line, request, slot)
+
+    def _lease_read_now(self, line: _Line, request: Request, slot: Slot) -> None:
+        line.last, line.last_writes = slot, False
+        node = self._node
+        if request["op"] == "lease_keepalive":
+            lease_of(request)  # what is wrong is refused here
+            self._at_leader(request, slot, lambda request, slot: leasing.keep_alive(node, request, slot))
+        elif self._must_ask_leader:
+            self._call(request, slot)
+        else:
+            leasing.list_leases(node, request, slot)
 
     def _in_line(self, writes: bool, request: Request, slot: Slot) -> _Line | None:
         """The line of the slot's connection, or None where the request has to wait in it."""
@@ -216,12 +255,18 @@ class NodeService:
             self._read_now(line, request, slot)
 
     def _read_now(self, line: _Line, request: Request, slot: Slot) -> None:
-        command = prepare_read(request)
+        op = request["op"]
+        if op == "watch":
+            line.last, line.last_writes = slot, False
+            self.watching.watch(request, slot)
+            return
+        of_the_past = op == "history" or (op == "get" and "rev" in request)
+        command = past.prepare(request) if of_the_past else prepare_read(request)
         line.last, line.last_writes = slot, False
         mode = request.get("read", "linearizable")
         if mode == "linearizable":
-            if self._node.replica.read_only and self._leader() is not None and not self._node.replica.is_leader:
-                self._call(request, slot)  # what can't be saved here isn't sent here: this node falls behind
+            if self._must_ask_leader:
+                self._call(request, slot)
             else:
                 self._node.replica.read(command, slot)
         elif mode == "stale":
@@ -478,6 +523,7 @@ class _CallSlot:
     def __init__(self, peers: Peers, call: Call) -> None:
         self.deadline = 0.0
         self.done = False
+        self.has_room = True  # the member that passed it on has it
         self._peers = peers
         self._call = call
 

@@ -7,10 +7,13 @@ Laws:
 * Nothing read from it is believed before its checksum has been compared.
 * It opens with plain `sqlite3`, and says what it holds in words and JSON.
 
-Theory. Two tables. `kv` has a row for each key (kv.py says what a row is). `meta` says in a few named texts which
+Theory. Three tables. `kv` has a row for each key (kv.py says what a row is), `ledger` a row for each record of sessions
+and leases (ledger.py). `meta` says in a few named texts which
 state this is: `applied` and `term`, the last log entry in it; `configuration`, the members as of then; `count`
-and `digest` of the rows; and `crc` over these texts. SQLite commits both in one transaction, so that the
+of the keys and `digest` of rows and records; and `crc` over these texts. SQLite commits all in one transaction, so that the
 rows and the index they belong to can't part.
+
+A file of format 1, which had no ledger, is brought to the present format when it is opened, in one transaction too.
 
 SQLite does not notice bit rot: of single flipped bits, most pass `integrity_check` and change what is read. So each
 row carries a checksum, which reads compare (a row that is there is right), and `verify` walks all of them
@@ -34,16 +37,20 @@ from zlib import crc32
 from ddb.disk import Disk, fsync_directory, remove_if_there, touch
 from ddb.errors import CorruptStore, ReadOnly, StartupError
 from ddb.kv import DIGEST_MASK, Row, checksum
+from ddb.ledger import record_checksum
 from ddb.messages import Configuration
 from ddb.wire import decode_trusted, encode
 
 logger = logging.getLogger(__name__)
 
-FORMAT: Final = "1"
+FORMAT: Final = "2"
+FORMATS_READ: Final = ("1", "2")
 KV: Final = (
     "CREATE TABLE kv (key TEXT PRIMARY KEY, value TEXT, rev INT, created INT, version INT, crc INT) WITHOUT ROWID"
 )
 META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
+LEDGER: Final = "CREATE TABLE ledger (name TEXT PRIMARY KEY, value TEXT, crc INT) WITHOUT ROWID"
+TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER}}
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 HASHED_BYTES: Final = 256 << 10  # read in one go
@@ -61,6 +68,7 @@ class Meta:
     configuration: Configuration | None = None
     digest: int = 0
     count: int = 0
+    format: str = FORMAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,7 @@ def create(disk: Disk, path: Path) -> None:
         connection.execute("BEGIN")
         connection.execute(KV)
         connection.execute(META)
+        connection.execute(LEDGER)
         write_meta(connection, Meta())
         connection.execute("COMMIT")
     put_in_place(disk, new, path)
@@ -190,8 +199,10 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> Meta:
     texts: dict[str, Any] = dict(connection.execute("SELECT name, value FROM meta"))
     if texts.pop("crc", None) != _meta_checksum(texts):
         raise corrupt(path, "the checksum of its table meta is wrong")
-    if texts.get("format") != FORMAT:
-        raise StartupError(f"The snapshot {path} has format {texts.get('format')}, this version reads {FORMAT}.")
+    if texts.get("format") not in FORMATS_READ:
+        raise StartupError(
+            f"The snapshot {path} has format {texts.get('format')}, this version reads {' and '.join(FORMATS_READ)}."
+        )
     configuration = decode_trusted(texts["configuration"].encode())
     return Meta(
         int(texts["applied"]),
@@ -199,6 +210,7 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> Meta:
         None if configuration is None else Configuration.from_json(configuration),
         int(texts["digest"], 16),
         int(texts["count"]),
+        texts["format"],
     )
 
 
@@ -208,11 +220,30 @@ def _meta_checksum(texts: dict[str, Any]) -> str:
 
 
 def check_schema(connection: sqlite3.Connection, path: Path) -> None:
-    """Raise CorruptStore where the database isn't made of exactly the two tables, in UTF-8."""
+    """Raise CorruptStore where the database isn't made of exactly the tables of its format, in UTF-8."""
     schema = {sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")}
     (encoding,) = connection.execute("PRAGMA encoding").fetchone()
-    if schema != {KV, META} or encoding != "UTF-8":
+    if META not in schema or schema != TABLES[read_meta(connection, path).format] or encoding != "UTF-8":
         raise corrupt(path, "its tables are not those of a ddb snapshot")
+
+
+def migrate(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring a database of an older format to the present one: wholly or, after a crash, not at all.
+
+    Raises CorruptStore, StartupError or sqlite3.Error.
+    """
+    meta = read_meta(connection, path)
+    if meta.format == FORMAT:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.execute(LEDGER)
+        write_meta(connection, meta)
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+    logger.info("%s is of format %s now; it was of %s", path, FORMAT, meta.format)
 
 
 # -------------------------------------------------------------------- rows
@@ -243,6 +274,25 @@ def select_rows(
             yield key, row
 
 
+def write_records(connection: sqlite3.Connection, records: dict[str, bytes | None]) -> None:
+    """Write these records of the ledger (None: remove them), inside the open transaction."""
+    there = [(name, value, record_checksum(name, value)) for name, value in records.items() if value is not None]
+    gone = [(name,) for name, value in records.items() if value is None]
+    connection.executemany("INSERT OR REPLACE INTO ledger VALUES (?, CAST(? AS TEXT), ?)", there)
+    connection.executemany("DELETE FROM ledger WHERE name = ?", gone)
+
+
+def select_records(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[str, bytes]]:
+    """The records of the ledger in the order of their names, each one checked. Raises CorruptStore."""
+    last = ""
+    with errors(path):
+        for name, value, crc in connection.execute("SELECT name, CAST(value AS BLOB), crc FROM ledger ORDER BY name"):
+            if type(name) is not str or type(value) is not bytes or record_checksum(name, value) != crc or name <= last:
+                raise corrupt(path, f"the record {name!r} is not what was written")
+            last = name
+            yield name, value
+
+
 def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) -> Iterator[str]:
     """Walk the whole database and yield each key, once it is known to be right; at the end, that nothing is missing.
 
@@ -263,6 +313,9 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
                 if gently and count % PAUSE_EVERY_ROWS == 0:
                     time.sleep(PAUSE_S)
                 yield key
+            if meta.format != "1":
+                for name, value in select_records(connection, path):
+                    digest += record_checksum(name, value) ** 2
             if (digest & DIGEST_MASK, count) != (meta.digest, meta.count):
                 raise corrupt(path, f"{count} rows are sound, but they are not the {meta.count} that were written")
         finally:

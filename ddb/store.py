@@ -47,6 +47,7 @@ from ddb.disk import Disk, OsDisk, file_bytes, touch
 from ddb.errors import StartupError, invariant
 from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
+from ddb.ledger import Ledger, Records
 from ddb.messages import Configuration
 from ddb.snapshot import Copy, Meta, corrupt, errors, translated
 
@@ -70,8 +71,8 @@ DELETE_ONE: Final = "DELETE FROM kv WHERE key = ?"
 class Store:
     """A kv.Table kept in the file `path`. Made by `Store.open`; `close()` may be called twice.
 
-    `meta` is the last checkpoint that is durable. `key_count` is how many keys there are now, and `digest` the digest of
-    their rows, which the machine keeps up to date. `disk` is where the file is.
+    `meta` is the last checkpoint that is durable. `key_count` is how many keys there are now, `ledger` what is remembered
+    beside them, and `digest` the digest of both, which the machine keeps up to date. `disk` is where the file is.
     """
 
     def __init__(self, path: Path, disk: Disk, cache_bytes_max: int) -> None:
@@ -211,7 +212,7 @@ class Store:
         self._renew_changed()
         meta = Meta(applied, term, configuration, self.digest, self.key_count)
         self._on_disk = self._on_disk or bool(layer.rows)
-        self._checkpoint = Checkpoint(self, meta, layer)
+        self._checkpoint = Checkpoint(self, meta, layer, self.ledger.take_changes())
         return self._checkpoint
 
     def finish_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -234,6 +235,7 @@ class Store:
             self.finish_checkpoint(checkpoint)
         else:
             self._checkpoint = None
+            self.ledger.give_back(checkpoint.records)
 
     # ----------------------------------------------------- the whole file
 
@@ -306,8 +308,10 @@ class Store:
             self._reader = snapshot.connect(self.disk, self.path)
             try:
                 snapshot.check_schema(self._reader, self.path)
-                self.meta = snapshot.read_meta(self._reader, self.path)
                 self._reader.execute("PRAGMA journal_mode=WAL")
+                snapshot.migrate(self._reader, self.path)
+                self.meta = snapshot.read_meta(self._reader, self.path)
+                self.ledger = Ledger(dict(snapshot.select_records(self._reader, self.path)))
                 (some,) = self._reader.execute("SELECT EXISTS (SELECT 1 FROM kv)").fetchone()
             except BaseException:
                 self.close()
@@ -362,10 +366,11 @@ class Store:
 
 
 class Checkpoint:
-    """One checkpoint under way: the rows of `layer`, to be written as the state `meta`."""
+    """One checkpoint under way: the rows of `layer` and the ledger's `records`, to be written as the state `meta`."""
 
-    def __init__(self, store: Store, meta: Meta, layer: Layer) -> None:
+    def __init__(self, store: Store, meta: Meta, layer: Layer, records: Records) -> None:
         self.meta = meta
+        self.records = records
         self._store = store
         self._layer = layer
 
@@ -386,6 +391,7 @@ class Checkpoint:
             try:
                 for keys in sorted_slices(self._layer.rows):
                     self._write_rows(connection, keys)
+                snapshot.write_records(connection, self.records)
                 snapshot.write_meta(connection, self.meta)
                 connection.execute("COMMIT")
             finally:

@@ -801,10 +801,12 @@ def test_a_truncated_file_is_refused(path: Path, healthy: tuple[bytes, dict[str,
 
 
 def test_a_file_of_a_later_version_is_refused_kindly(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "FORMAT", "2")
+    monkeypatch.setattr(snapshot, "FORMAT", "3")
+    monkeypatch.setattr(snapshot, "FORMATS_READ", ("3",))
+    monkeypatch.setattr(snapshot, "TABLES", {"3": snapshot.TABLES["2"]})
     Store.open(path).close()
     monkeypatch.undo()
-    with pytest.raises(StartupError, match="format 2, this version reads 1"):
+    with pytest.raises(StartupError, match="format 3, this version reads 1 and 2"):
         Store.open(path)
 
 
