@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -43,6 +44,8 @@ __all__ = ["CorruptLog", "Disk", "Log", "LogWriter", "OsDisk"]
 
 SEGMENT_BYTES_MAX: Final = 16 << 20
 ROOM_RETRY_S: Final = 0.5
+QUICK_SYNC_S: Final = 0.005  # a disk that takes longer is waited for in the thread
+SLOW_SYNCS: Final = 20  # so many syncs after such a one, the disk is believed to be quick again
 
 _log = logging.getLogger(__name__)
 
@@ -327,6 +330,7 @@ class LogWriter:
         self._queue: SimpleQueue[_Save | threading.Event] = SimpleQueue()
         self._tickets = 0
         self._full = False
+        self._slow_syncs = 0  # until so many more, the disk is not believed to be quick
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self.start()
@@ -345,10 +349,11 @@ class LogWriter:
     ) -> int:
         """Queue what `Log.write` takes. Returns its ticket: 1, 2, 3, …
 
-        With `in_place`, and if the thread is idle, the caller's thread does the work itself: `saved` says so at once,
-        and `on_saved` is not called. A failing disk has `on_failure` called at once; on a full one the thread takes over.
+        With `in_place`, if the thread is idle and the disk has been quick lately, the caller's thread does the work
+        itself: `saved` says so at once, and `on_saved` is not called. A failing disk has `on_failure` called at once;
+        on a full one the thread takes over.
         """
-        in_place = in_place and self.saved == self._tickets
+        in_place = in_place and self.saved == self._tickets and self.is_quick
         self._tickets += 1
         if not in_place:
             self._queue.put((hard_state, batches, reset))
@@ -357,7 +362,7 @@ class LogWriter:
         # something is queued, which only this thread does.
         self._log.write(hard_state, batches, reset)
         try:
-            self._log.sync()
+            self._sync_timed()
             self.saved = self._tickets
         except ReadOnly:
             self._queue.put((None, (), None))  # the group is the log's already: let the thread wait for room
@@ -365,6 +370,19 @@ class LogWriter:
             self.failed = True
             self._on_failure(error)
         return self._tickets
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether the last syncs took so little time that the caller may wait for the next one."""
+        return not self._slow_syncs
+
+    def _sync_timed(self) -> None:
+        began_s = time.monotonic()
+        self._log.sync()
+        if time.monotonic() - began_s > QUICK_SYNC_S:
+            self._slow_syncs = SLOW_SYNCS
+        elif self._slow_syncs:
+            self._slow_syncs -= 1
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was saved before is durable; returns whether it is, after at most `timeout_s` seconds."""
@@ -429,7 +447,7 @@ class LogWriter:
     def sync(self) -> bool:
         """Sync the log; returns False where there is no room, and the same is to be tried again later."""
         try:
-            self._log.sync()
+            self._sync_timed()
         except ReadOnly as error:
             if not self._full:
                 self._full = True

@@ -28,7 +28,7 @@ from typing import Protocol
 from ddb import codec, kv, wire
 from ddb.commands import well_formed
 from ddb.config import Bounds
-from ddb.errors import BadRequest, CorruptStore, DdbError, NoLeader, Overloaded, ReadOnly, Timeout
+from ddb.errors import BadRequest, Compacted, CorruptStore, DdbError, NoLeader, Overloaded, ReadOnly, Timeout
 from ddb.messages import (
     Append,
     Batch,
@@ -190,6 +190,8 @@ class Replica:
         self.push: Callable[[], None] = lambda: None
         # Called before a configuration goes to the log: so it is remembered longer than the log may be.
         self.remember: Callable[[Configuration], None] = lambda config: None
+        # How a read is answered: from the table, and where a chronicle is kept, from that (chronicle.py).
+        self.look_up: Callable[[kv.Table, Command, int], bytes] = kv.answer
         self.diverged = False  # the state here is known to be wrong: nothing is answered from it
         self.read_only = False  # the disk here is full: see `full`
         self._journal = journal
@@ -467,18 +469,19 @@ class Replica:
 
     def _save(self, ready: Ready, now: float) -> None:
         if ready.hard_state or ready.batches or ready.reset:
-            # A follower saves a lone entry here and now: to hand it to the writer's thread, and to be woken by it,
-            # takes as long as the fdatasync itself. A leader has better to do meanwhile.
-            lone = len(ready.batches) == 1 and ready.batches[0].first == ready.batches[0].last and not self.is_leader
+            # A follower has nothing better to do than to save: to hand the batches to the writer's thread, and to be woken
+            # by it, would take longer than a good disk's fdatasync. A leader takes in requests meanwhile.
+            in_place = not self.is_leader
             for batch in ready.batches:
                 if batch.config is not None:
                     self.remember(batch.config)
-            ticket = self._journal.save(ready.hard_state, ready.batches, ready.reset, in_place=lone)
+            ticket = self._journal.save(ready.hard_state, ready.batches, ready.reset, in_place=in_place)
             last = ready.batches[-1] if ready.batches else None
             index, term = (last.last, last.term) if last else (0, 0)
             self._saving.append(_Saving(ticket, index, term, ready.hard_state, ready.after_save))
             if self._journal.saved >= ticket:
                 self.saved(ticket, now)
+                self.push()  # the leader waits for the acknowledgement, and nobody for what is applied next
         elif self._saving:
             self._saving[-1].messages.extend(ready.after_save)
         else:
@@ -567,10 +570,13 @@ class Replica:
             waiter.fail(NoLeader("This node's data is being replaced by the leader's; ask another node."))
             return 0
         try:
-            body = kv.answer(self.machine.table, command, self.machine.applied)
+            body = self.look_up(self.machine.table, command, self.machine.applied)
         except CorruptStore as error:
             self.distrust(error.message)
             return self._answer_read(command, waiter, field)
+        except (BadRequest, Compacted) as error:
+            waiter.fail(error)
+            return 0
         waiter.reply(wire.splice(body, field) if field else body)
         return len(body)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ddb.codec import decode_batch, encode_batch, encode_config
 from ddb.errors import Compacted, CorruptLog, InvariantError, ReadOnly, StartupError
-from ddb.log import Log, LogWriter, OsDisk
+from ddb.log import SLOW_SYNCS, Log, LogWriter, OsDisk
 from ddb.messages import Batch, Configuration, HardState, Member
 from ddb.record import Cut, Header, Reset, decode, encode, encode_group, line_at, lines, search
 from ddb.simdisk import SimDisk
@@ -666,6 +666,24 @@ def test_a_save_in_place_waits_its_turn_behind_what_the_thread_is_at(tmp_path: P
     assert writer.saved == 0
     disk.gate.set()
     assert [loop.next(), loop.next()] == [("saved", 1), ("saved", 2)]
+    writer.close()
+
+
+def test_a_slow_disk_is_waited_for_in_the_thread_until_it_has_been_quick_for_a_while(
+    tmp_path: Path, disk: GatedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Loop()
+    writer = loop.writer(Log.open(tmp_path / "log", disk=disk))
+    monkeypatch.setattr("ddb.log.QUICK_SYNC_S", 0.0)
+    writer.save(HardState(1), [batch(1, 1)], in_place=True)
+    assert (writer.saved, writer.is_quick) == (1, False)
+    monkeypatch.setattr("ddb.log.QUICK_SYNC_S", 60.0)
+    for i in range(2, 2 + SLOW_SYNCS):
+        writer.save(None, [batch(i, i)], in_place=True)
+        assert loop.next() == ("saved", i)
+    writer.save(None, [batch(2 + SLOW_SYNCS, 2 + SLOW_SYNCS)], in_place=True)
+    assert writer.saved == 2 + SLOW_SYNCS
+    assert loop.calls.empty()
     writer.close()
 
 
