@@ -34,6 +34,7 @@ CHUNK_LINE_BYTES_MAX: Final = 4096
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT"})
 JSON_TYPE: Final = "application/json"
 TEXT_TYPE: Final = "text/plain; charset=utf-8"
+EVENTS_TYPE: Final = "text/event-stream"
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -436,6 +437,15 @@ def render(response: Response, request: Request | None, date: str) -> bytes:
         lines.append("Connection: keep-alive")
     head = "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
     return head if bodiless or (request is not None and request.method == "HEAD") else head + response.body
+
+
+def stream_head(date: str) -> bytes:
+    """The head of a response that goes on as server-sent events until the connection ends."""
+    lines = [
+        "HTTP/1.1 200 OK", f"Date: {date}", f"Content-Type: {EVENTS_TYPE}", "Cache-Control: no-store",
+        "X-Content-Type-Options: nosniff", "Connection: close", "", "",
+    ]  # fmt: skip
+    return "\r\n".join(lines).encode()
 
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -36,6 +36,7 @@ from ddb import http
 from ddb.errors import BadFrame, DdbError, InvariantError, Overloaded, StartupError
 from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, Fatal, Loop, log_exception
 from ddb.slots import HttpSlot, LineSlot, Owner, Slot, internal
+from ddb.streams import Stream
 from ddb.timers import Timer
 from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address
 
@@ -87,7 +88,7 @@ class ClientConnection(Owner):
     """An accepted connection, until and unless a node takes it over by setting `on_payload`."""
 
     __slots__ = (
-        "_detour", "_finishing", "_held", "_make_slot", "_output_limit", "_unread",
+        "_awaited", "_detour", "_finishing", "_held", "_make_slot", "_output_limit", "_unread",
         "server", "slots", "still",
     )  # fmt: skip
 
@@ -95,6 +96,8 @@ class ClientConnection(Owner):
         self.server = server
         self.slots: deque[Slot] = deque()
         self.state = None
+        self.stream: Stream | None = None
+        self._awaited: Slot | None = None  # no other request is looked at before this one has its reply
         self.still = 0  # sweeps since anything moved
         self._unread: list[Any] = []  # messages that wait for room in `slots`; all from one recv
         self._detour = False  # the loop over messages must stop and look up
@@ -113,6 +116,8 @@ class ClientConnection(Owner):
         if self._on_payload is not None:
             super().receive(data)
             return
+        if self.stream is not None:
+            return  # it serves that alone
         cutter = self.cutter
         if cutter is None:
             cutter = self._choose_dialect(data[0])
@@ -125,7 +130,9 @@ class ClientConnection(Owner):
             self._account()
 
     def receive_end(self) -> None:
-        """See Connection. The requests that came are still answered."""
+        """See Connection. The requests that came are still answered, and a stream goes on."""
+        if self.stream is not None:
+            return
         if self._on_payload is not None or self.cutter is None:
             self.end("closed by the other side")
             return
@@ -212,6 +219,10 @@ class ClientConnection(Owner):
         if self._has_room() and self._paused and not self._finishing and self.sock is not None:
             self._paused = False
             unread, self._unread = self._unread, []
+            if self.stream is not None:
+                self.cutter = None
+                self.watch()
+                return
             try:
                 self._handle(unread)
             except (InvariantError, Fatal):
@@ -224,9 +235,19 @@ class ClientConnection(Owner):
 
     def _has_room(self) -> bool:
         return (
-            len(self.slots) <= self.server.limits.in_flight_max // 2
+            not self._awaits
+            and len(self.slots) <= self.server.limits.in_flight_max // 2
             and self.output_bytes <= self.server.limits.output_bytes_max // 2
         )
+
+    @property
+    def _awaits(self) -> bool:
+        return self._awaited is not None and self._awaited.out is None
+
+    def await_reply(self, slot: Slot) -> None:
+        """See Owner."""
+        self._awaited = slot
+        self._detour = True
 
     @property
     def takes_more(self) -> bool:
@@ -267,7 +288,7 @@ class ClientConnection(Owner):
     def flush(self) -> None:
         """See Connection."""
         self._collect()
-        if self._finishing and not self.slots:
+        if self._finishing and not self.slots and self.stream is None:
             self._closing = True
         waiting = self.output_bytes
         super().flush()
@@ -275,6 +296,8 @@ class ClientConnection(Owner):
             self.still = 0
         if self._paused and not self._finishing and self._has_room():
             self.loop.post(self._resume)
+        if self.stream is not None and self.stream.is_ready:
+            self.loop.post(self.stream.told_of_room)
         if self._blocked or self._held:
             self._account()
 
@@ -313,7 +336,7 @@ class ClientConnection(Owner):
     @property
     def silence(self) -> int:
         """For how many sweeps a client has been silent that is owed nothing; 0 for a node's connection."""
-        return 0 if self.slots or self._on_payload is not None else self.still
+        return 0 if self.slots or self.stream is not None or self._on_payload is not None else self.still
 
     def sweep(self, patience: int) -> None:
         """End what has stood still in the middle of something for `patience` sweeps."""
@@ -327,14 +350,14 @@ class ClientConnection(Owner):
 
     def _refuse_when_read(self) -> None:
         """What can't be cut is told of after the messages before it, some of which may have to wait."""
-        if self.cutter is not None and self.cutter.error is not None and not self._unread:
+        if self.cutter is not None and self.cutter.error is not None and not self._unread and not self._awaits:
             self._refuse(self.cutter.error)
 
     def _refuse(self, error: DdbError) -> None:
         """Nothing more can be understood: answer `error` after what is in flight, and close."""
         if self._on_payload is not None:
             self.end(f"sent something that is no frame: {error.message}")
-        elif not self._finishing and self.sock is not None:
+        elif not self._finishing and self.stream is None and self.sock is not None:
             slot = self._make_slot(self)
             self.slots.append(slot)
             slot.fail(error)

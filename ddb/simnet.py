@@ -24,6 +24,7 @@ from ddb.errors import DdbError
 from ddb.http import Route
 from ddb.loop import PEER_FRAME_BYTES_MAX, PEER_TIMEOUT_S
 from ddb.server import Service, Slot
+from ddb.streams import Stream
 
 LATENCY_S: Final = 0.0004
 RETRANSMISSION_S: Final = 0.4  # at most, until TCP tries again on a link that was mended
@@ -384,19 +385,22 @@ class Connection:
 class ServedConnection(Connection):
     """A connection that was accepted: its frames are requests, until a node takes it over."""
 
-    __slots__ = ("service", "slots", "state")
+    __slots__ = ("service", "slots", "state", "stream")
 
     def __init__(self, network: Network, host: Endpoint, service: Service) -> None:
         super().__init__(network, host, dialled=False)
         self.service = service
         self.slots: deque[Slot] = deque()
         self.state: Any = None
+        self.stream: Stream | None = None
 
     def take(self, payload: bytes) -> None:
         """See Connection."""
         if self._on_payload is not None:
             self._on_payload(payload)
             return
+        if self.stream is not None:
+            return  # it serves that alone
         slot = Slot(self)  # type: ignore[arg-type]
         self.slots.append(slot)
         try:
@@ -429,6 +433,15 @@ class ServedConnection(Connection):
         """See Connection: replies leave in the order of the requests."""
         self._collect()
         super().flush()
+        if self.stream is not None and self.stream.is_ready:
+            self.host.post(self.stream.told_of_room)
+
+    def mark_dirty(self) -> None:
+        """See streams.Carrier."""
+        self.host.dirty.append(self)
+
+    def await_reply(self, slot: Slot) -> None:
+        """See slots.Owner. Simulated clients ask nothing behind it."""
 
     def _collect(self) -> None:
         """Move the finished replies at the head of the queue to the output."""

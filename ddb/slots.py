@@ -9,20 +9,28 @@ hold little; a large reply is framed in pieces, without being copied.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ddb import http
 from ddb.errors import DdbError, Internal
 from ddb.loop import LARGE_BYTES, Connection, Piece, log_exception
+from ddb.streams import FRAMES, LINES, SSE, Dress, Event, Stream
 from ddb.wire import failure, splice
 
 
 class Owner(Connection):
     """The connection that slots belong to, as they see it (server.ClientConnection)."""
 
-    __slots__ = ("state",)
+    __slots__ = ("state", "stream")
     state: Any  # the service's own, about this connection
+    slots: deque[Slot]
+    stream: Stream | None  # what it serves alone, once a slot was opened
+
+    def await_reply(self, slot: Slot) -> None:
+        """Take no other request before `slot` has its reply: it may open a stream."""
+        raise NotImplementedError
 
     @property
     def takes_more(self) -> bool:
@@ -51,6 +59,7 @@ class Slot:
     """One request's place in the order of its connection's replies. The first reply counts."""
 
     __slots__ = ("connection", "deadline", "id", "out")
+    dress: ClassVar[Dress] = FRAMES
 
     def __init__(self, connection: Owner) -> None:
         self.connection = connection
@@ -83,6 +92,12 @@ class Slot:
         """Answer with `error`."""
         self.reply(failure(error))
 
+    def open(self, body: bytes) -> Stream:
+        """Answer with `body`, and make the connection a stream of what follows."""
+        stream = self.connection.stream = Stream(self.connection, self.dress)
+        self.reply(body)
+        return stream
+
     def _reply_in_pieces(self, body: bytes) -> None:
         """The same without a copy of `body`, which would cost more than all else; none at all where nobody waits."""
         self.out = []
@@ -101,6 +116,7 @@ class LineSlot(Slot):
     """The same on a connection of lines."""
 
     __slots__ = ()
+    dress: ClassVar[Dress] = LINES
 
     def reply(self, body: bytes) -> None:
         """See Slot."""
@@ -121,6 +137,7 @@ class HttpSlot(Slot):
     """The same on a connection of HTTP: replies become responses."""
 
     __slots__ = ("message", "show")
+    dress: ClassVar[Dress] = SSE
 
     def __init__(self, connection: Owner) -> None:
         super().__init__(connection)
@@ -158,6 +175,14 @@ class HttpSlot(Slot):
     def fail(self, error: DdbError) -> None:
         """See Slot."""
         self.respond(http.refusal(error))
+
+    def open(self, body: bytes) -> Stream:
+        """See Slot. The response has no length: it ends with the connection (RFC 9112 §6.3)."""
+        stream = self.connection.stream = Stream(self.connection, self.dress)
+        if self.out is None:
+            first = Event(b"watch", body, 0).dressed(self.dress, last=True)
+            self._finish(http.stream_head(self.connection.date()) + first)
+        return stream
 
     def respond(self, response: http.Response) -> None:
         """Answer with `response` as it stands."""

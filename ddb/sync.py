@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import snapshot
+from ddb.chronicle import Chronicle, Retention
 from ddb.config import Bounds
 from ddb.disk import Disk, OsDisk, remove_if_there, write_all
 from ddb.errors import CorruptStore, ReadOnly, invariant
@@ -99,6 +100,9 @@ class Sync:
         self._background = background
         self._drop_log_below = drop_log_below
         self._policy = policy or Policy()
+        self.chronicle = Chronicle(replica.machine.applied, Retention(self._policy.retain_entries))
+        replica.machine.on_changes = self.chronicle.take
+        replica.look_up = self.chronicle.answer
         self._chunk_bytes = (bounds or Bounds()).snapshot_chunk_bytes
         self._copy_path = directory / "outgoing.db"
         self._incoming_path = directory / "incoming.db"
@@ -446,7 +450,10 @@ class Sync:
                 raft.restore(meta.applied, meta.term, meta.configuration)
             else:
                 raft.reapply(meta.applied)
-            self._replica.restored(Machine(self._store, meta.applied))
+            self.chronicle.reset(meta.applied)
+            machine = Machine(self._store, meta.applied)
+            machine.on_changes = self.chronicle.take
+            self._replica.restored(machine)
             log.info("%r: installed the snapshot of %d", self._replica, meta.applied)
             self._in_store(self._store.verify, self._on_store_verified)
         self._stop_receiving()
