@@ -59,6 +59,7 @@ def measure(plan: Plan, leader: Server, nodes: Sequence[Server]) -> dict[str, An
         "leader_cpu_percent": shares.pop(leader.name),
         "other_cpu_percent": list(shares.values()),
         "memory_mib": [round(node.memory_bytes() / (1 << 20)) for node in nodes],
+        "private_mib": [round(node.private_bytes() / (1 << 20)) for node in nodes],
     }
 
 

@@ -1,10 +1,15 @@
 """What grows faster than the work: ddb alone, one thing changed at a time.
 
-    python -m bench.growth --out growth.json                     # keys, values, nodes, clients and batches: ten minutes
+    python -m bench.growth --out growth.json                     # all of it: ten minutes
     python -m bench.growth --only keys --keys 10000,1000000
 
 Law: one thing changes, all else stays at the default: three nodes, 64 clients, 256 bytes, ten thousand keys. A fresh cluster
 for each size of the data and each number of nodes.
+
+Theory. `cache` is about memory: a node keeps rows that are on disk in a cache of 256 MiB, so with ten times as much data it
+should hold no more than with as much as fits. Values are of 4 KiB there, so that the keys, whose filter takes memory of its
+own, are few; one node is enough, for each holds all. What counts is its private memory, for the pages of its files
+are the system's to take back.
 """
 
 from __future__ import annotations
@@ -15,10 +20,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bench import machine
 from bench.cluster import measure, table
@@ -32,26 +37,35 @@ PARTS = {
     "nodes": "1,3,5,7",
     "clients": "1,4,16,64,256,1024",
     "batches": "1,10,100,1000",
+    "cache": "1,10",
 }
 OPS = (("put", "linearizable"), ("get", "linearizable"))
 DATA_BYTES_MAX = 64 << 20  # of different values in use, where these are large
 CLIENTS_OF_LARGE = 16
 LARGE_BYTES = 65_536
+CACHE_BYTES = 256 << 20  # what a node's store has for rows that are on disk, too
+CACHED_VALUE_BYTES = 4096
 
 Say = Callable[[str], None]
+SomeDdb = TypeVar("SomeDdb", bound=Ddb)
 
 
 @contextmanager
-def cluster(nodes: int, parent: Path | None) -> Iterator[Ddb]:
-    """A cluster of so many nodes, gone afterwards."""
+def started(make: Callable[[Path], SomeDdb], parent: Path | None) -> Iterator[SomeDdb]:
+    """The cluster that `make` makes in a new directory, started; both are gone afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="ddb-growth-", dir=parent))
-    system = Ddb(directory, nodes)
+    system = make(directory)
     try:
         system.start()
         yield system
     finally:
         system.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def cluster(nodes: int, parent: Path | None, flags: tuple[str, ...] = ()) -> AbstractContextManager[Ddb]:
+    """A cluster of so many nodes with these `flags`, gone afterwards."""
+    return started(lambda directory: Ddb(directory, nodes, flags), parent)
 
 
 class Study:
@@ -112,6 +126,13 @@ class Study:
                 plan = replace(self.base, op="batch", batch_keys=size, clients=16, keys=keys)
                 self.row(system, plan, "batches", size)
 
+    def cache(self, sizes: Sequence[int]) -> None:
+        """Data of so many times the cache, on one node."""
+        for size in sizes:
+            keys = size * CACHE_BYTES // CACHED_VALUE_BYTES
+            with cluster(1, self.parent) as system:
+                self.ops(system, replace(self.base, keys=keys, value_bytes=CACHED_VALUE_BYTES), "cache", size)
+
 
 def show(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a table."""
@@ -121,10 +142,12 @@ def show(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             [
                 r["part"], f"{r['at']:,}", r["op"], f"{r['clients']}", f"{r['ops_per_s']:,.0f}", *ms,
-                str(sum(r["errors"].values())), f"{max(r['memory_mib'])}",
+                str(sum(r["errors"].values())), f"{max(r['memory_mib'])}", f"{max(r['private_mib'])}",
             ]
         )  # fmt: skip
-    columns = ("changed", "to", "op", "clients", "ops/s", "p50 ms", "p99 ms", "p99.9 ms", "max ms", "errors", "MiB")
+    columns = (
+        "changed", "to", "op", "clients", "ops/s", "p50 ms", "p99 ms", "p99.9 ms", "max ms", "errors", "MiB", "private MiB",
+    )  # fmt: skip
     return table(columns, lines, left=1)
 
 

@@ -146,6 +146,8 @@ class Client:
                 self.result.errors[failure] += 1
             else:
                 latencies.append(now - began)
+        if self.plan.timed:
+            self.result.answered_at.extend([now] * (len(latencies) - len(self.result.answered_at)))
         return len(found)
 
     def close(self) -> None:
@@ -307,7 +309,7 @@ def measure(plan: Plan, clients: int, first: int, start: Callable[[], None]) -> 
         loop.run(_until(next_request, end), plan.pipeline, stop)
         result.cpu_s = time.process_time() - cpu_began
         result.memory_bytes = own_memory_bytes()
-        del result.latencies_s[:warm]
+        del result.latencies_s[:warm], result.answered_at[:warm]
         return result
     finally:
         loop.close()

@@ -1,8 +1,8 @@
 """A node that can tell where its processor time goes: `python -m bench.metered NODE'S ARGUMENTS`.
 
 Laws: the program is `ddb.node` as it is: nothing in it is changed or wrapped, and until SIGUSR1 comes nothing happens. From
-then to SIGUSR2 it looks now and then at what it is doing, and then writes what it saw to the file that DDB_BENCH_METER
-names.
+then to SIGUSR2 it looks now and then at what it is doing, and at how long each garbage collection takes, and then
+writes what it saw to the file that DDB_BENCH_METER names.
 
 Theory. To put a clock around each stage would cost more than many stages take: 0.3 µs, twice, for a function that takes
 0.5. So this samples instead: after each so-and-so much processor time the system sends SIGPROF, and the stack of the moment
@@ -14,6 +14,7 @@ finds it waiting counts as nothing.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -113,11 +114,13 @@ def stage_of(frame: FrameType | None) -> str:
 
 
 class Meter:
-    """Counts samples by stage between SIGUSR1 and SIGUSR2."""
+    """Counts samples by stage, and the collector's pauses by generation, between SIGUSR1 and SIGUSR2."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.samples: Counter[str] = Counter()
+        self.pauses_s: dict[int, list[float]] = {}
+        self._pause_began: float | None = None
         self._cpu_s = (0.0, 0.0)
 
     def install(self) -> None:
@@ -129,15 +132,38 @@ class Meter:
     def _sample(self, number: int, frame: FrameType | None) -> None:
         self.samples[stage_of(frame)] += 1
 
+    def collected(self, phase: str, info: dict[str, int]) -> None:
+        """What the collector calls before and after each of its runs."""
+        now = time.perf_counter()
+        if phase == "start":
+            self._pause_began = now
+        elif self._pause_began is not None:
+            self.pauses_s.setdefault(info["generation"], []).append(now - self._pause_began)
+            self._pause_began = None
+
     def _begin(self, number: int, frame: FrameType | None) -> None:
         self.samples.clear()
+        self.pauses_s.clear()
+        self._pause_began = None
+        if self.collected not in gc.callbacks:
+            gc.callbacks.append(self.collected)
         self._cpu_s = (time.thread_time(), time.process_time())
         signal.setitimer(signal.ITIMER_PROF, INTERVAL_S, INTERVAL_S)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        if self.collected in gc.callbacks:
+            gc.callbacks.remove(self.collected)
         seen: dict[str, Any] = {
             "samples": dict(self.samples),
+            "pauses": {
+                str(generation): {
+                    "count": len(all_s),
+                    "total_ms": round(1000 * sum(all_s), 3),
+                    "max_ms": round(1000 * max(all_s), 3),
+                }
+                for generation, all_s in sorted(self.pauses_s.items())
+            },
             "loop_s": time.thread_time() - self._cpu_s[0],
             "process_s": time.process_time() - self._cpu_s[1],
         }

@@ -23,11 +23,11 @@ KEYS_MAX = 10_000_000
 ASK_TIMEOUT_S = 5.0
 
 
-def ask(address: str, **request: Any) -> dict[str, Any]:
+def ask(address: str, patience_s: float = ASK_TIMEOUT_S, **request: Any) -> dict[str, Any]:
     """One request to a ddb node, and its reply. Raises OSError or ValueError."""
     host, _, port = address.rpartition(":")
     address_of = (host.strip("[]"), int(port))
-    with socket.create_connection(address_of, ASK_TIMEOUT_S) as connection, connection.makefile("rb") as stream:
+    with socket.create_connection(address_of, patience_s) as connection, connection.makefile("rb") as stream:
         connection.sendall(frame(json.dumps(request).encode()))
         reply: dict[str, Any] = json.loads(stream.read(int(stream.readline()) + 1))
         return reply

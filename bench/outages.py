@@ -81,9 +81,9 @@ def get(d: Dialect) -> bytes:
 class _Probe(threading.Thread):
     """Asks one server over and over until somebody has got an answer."""
 
-    def __init__(self, plan: Plan, address: str, make: Make, done: threading.Event) -> None:
+    def __init__(self, plan: Plan, address: str, make: Make, done: threading.Event, again_s: float) -> None:
         super().__init__(daemon=True)
-        self._plan, self._address, self._make, self._done = plan, address, make, done
+        self._plan, self._address, self._make, self._done, self._again_s = plan, address, make, done, again_s
         self.answered_at: float | None = None
 
     def run(self) -> None:
@@ -95,15 +95,15 @@ class _Probe(threading.Thread):
                             self.answered_at = time.perf_counter()
                             self._done.set()
                             return
-                        time.sleep(AGAIN_S)
+                        time.sleep(self._again_s)
             except OSError:
-                time.sleep(AGAIN_S)
+                time.sleep(self._again_s)
 
 
-def first_answer(plan: Plan, addresses: Sequence[str], make: Make) -> float:
+def first_answer(plan: Plan, addresses: Sequence[str], make: Make, again_s: float = AGAIN_S) -> float:
     """When the first of `addresses` has answered a request, on `time.perf_counter`'s clock. Raises RuntimeError."""
     done = threading.Event()
-    probes = [_Probe(plan, address, make, done) for address in addresses]
+    probes = [_Probe(plan, address, make, done, again_s) for address in addresses]
     for probe in probes:
         probe.start()
     answered = done.wait(GIVE_UP_S)

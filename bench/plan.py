@@ -21,7 +21,7 @@ class Plan:
     """What to do. `mixed` is half puts, half gets; `batch` is `batch_keys` puts in one request, all or none.
 
     `read` is what a get asks for; `keys` different keys are in use, drawn as `distribution` says. `dialect` names the
-    database.
+    database. `timed`: note when each was answered, too.
     """
 
     servers: tuple[str, ...]
@@ -39,14 +39,19 @@ class Plan:
     batch_keys: int = 100
     distribution: str = "uniform"
     dialect: str = "ddb"
+    timed: bool = False
 
 
 @dataclass(slots=True)
 class Result:
-    """What happened in the measured seconds: a latency for each operation that succeeded."""
+    """What happened in the measured seconds: a latency for each operation that succeeded.
+
+    Of a plan that is `timed`, `answered_at` tells for each latency when its reply came, on `time.perf_counter`'s clock.
+    """
 
     seconds: float
     latencies_s: array[float] = field(default_factory=lambda: array("d"))
+    answered_at: array[float] = field(default_factory=lambda: array("d"))
     errors: Counter[str] = field(default_factory=Counter)
     cpu_s: float = 0.0
     memory_bytes: int = 0
@@ -54,6 +59,7 @@ class Result:
     def add(self, other: Result) -> None:
         """Take what another process measured in the same seconds into this."""
         self.latencies_s.extend(other.latencies_s)
+        self.answered_at.extend(other.answered_at)
         self.errors.update(other.errors)
         self.cpu_s += other.cpu_s
         self.memory_bytes += other.memory_bytes

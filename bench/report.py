@@ -1,11 +1,12 @@
-"""From results to `docs/performance.md`: its tables and charts.
+"""From results to `docs/performance.md`: its goals, tables and charts.
 
-    python -m bench.report results.json growth.json cost.json
+    python -m bench.report results.json growth.json upkeep.json cost.json
 
-Law: what stands between the two marks in the document was measured by the commands that stand there too; nobody writes
-there by hand. The rest of the document is left alone.
+Laws: what stands between the two marks in the document was measured by the commands that stand there too; nobody writes
+there by hand. The rest of the document is left alone. What a result lacks is "not measured" among the goals, and nowhere else.
 
-A result is what `bench.peers --out`, `bench.growth --out` and `bench.cost --json` write; any of them may be missing.
+A result is what `bench.peers --out`, `bench.growth --out`, `bench.upkeep --out` and `bench.cost --json` write; any of them
+may be missing. Of one kind there may be several, with different parts: together they are one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench import cost, growth, machine, peers
+from bench import cost, goals, growth, machine, peers, upkeep
 from bench.plots import Chart, svg
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -89,36 +90,80 @@ def _middle(
     return [(at, median(found) * (at if each else 1)) for at, found in values.items()]
 
 
+def together(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The results by kind: those of one kind as one, its commands in a list. Raises ValueError for what is no result."""
+    found: dict[str, dict[str, Any]] = {}
+    for result in results:
+        kind = next((k for k in KINDS if k in result), None)
+        if kind is None:
+            raise ValueError("a file holds no result of bench.peers, bench.growth, bench.upkeep or bench.cost")
+        command = result.get("command", f"python -m bench.{kind}")
+        one = found.setdefault(kind, {**EMPTY[kind], "commands": []})
+        one["commands"].append(command)
+        for name, value in result.items():
+            one[name] = _joined(one.get(name), value)
+    return found
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """`second`, and what `first` has beside it; a row or a system that both have is there once."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first | {name: _joined(first.get(name), value) for name, value in second.items()}
+    if isinstance(first, list) and isinstance(second, list):
+        return first + [item for item in second if not (isinstance(item, dict) and item in first)]
+    return second or first
+
+
+def figures_of(found: dict[str, dict[str, Any]]) -> goals.Found:
+    """Every figure on which there may be a goal, from all results."""
+    of_peers = found.get("rows", EMPTY["rows"])
+    return goals.values(
+        peers.medians(of_peers["rows"]),
+        of_peers["failover"],
+        of_peers["million"],
+        of_peers["limits"],
+        found.get("upkeep", {}).get("upkeep"),
+        found.get("growth", {}).get("growth", ()),
+    )
+
+
 def block(results: Sequence[dict[str, Any]]) -> tuple[str, dict[str, str]]:
     """The measured part of the document, and the charts' files by name."""
-    parts, files = [], {}
-    for result in results:
-        charts: dict[str, Chart] = {}
-        if "rows" in result:
-            parts += ["### Beside etcd and ZooKeeper", _command(result), peers.show(result)]
-            charts = charts_of_peers(result) if result["rows"] else {}
-        elif "growth" in result:
-            parts += [
-                "### Growth",
-                _command(result),
-                machine.sentence(result["machine"]),
-                growth.show(result["growth"]),
-            ]
-            charts = charts_of_growth(result["growth"])
-        elif "cost" in result:
-            parts += ["### Where the time goes", "    python -m bench.cost", machine.sentence(result["machine"])]
-            parts.append(cost.show(result["cost"]))
-        else:
-            raise ValueError("a file holds no result of bench.peers, bench.growth or bench.cost")
+    found = together(results)
+    parts, files = ["### What is to be reached", goals.show(figures_of(found))], {}
+    for kind, (heading, show, charts_of) in KINDS.items():
+        if (result := found.get(kind)) is None:
+            continue
+        parts += [f"### {heading}", "\n".join(_command(c) for c in result["commands"]), show(result)]
+        charts = charts_of(result)
         for name, chart in charts.items():
             files[f"{name}.svg"] = svg(chart)
             parts.append(f"![{chart.title}]({CHARTS}/{name}.svg)")
-    return "\n\n".join(parts), files
+    return "\n\n".join(part for part in parts if part), files
 
 
-def _command(result: dict[str, Any]) -> str:
+def _with_machine(show: Callable[[Any], str], name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda result: f"{machine.sentence(result['machine'])}\n\n{show(result[name])}"
+
+
+# What a result's kind is told by: its heading, its tables, and its charts.
+KINDS: dict[str, tuple[str, Callable[[dict[str, Any]], str], Callable[[dict[str, Any]], dict[str, Chart]]]] = {
+    "rows": ("Beside etcd and ZooKeeper", peers.show, charts_of_peers),
+    "upkeep": ("Checkpoints, newcomers, garbage", _with_machine(upkeep.show, "upkeep"), lambda _: {}),
+    "growth": ("Growth", _with_machine(growth.show, "growth"), lambda result: charts_of_growth(result["growth"])),
+    "cost": ("Where the time goes", _with_machine(cost.show, "cost"), lambda _: {}),
+}
+EMPTY: dict[str, dict[str, Any]] = {
+    "rows": {"systems": [], "rows": [], "failover": {}, "million": {}, "limits": {}},
+    "upkeep": {"upkeep": {part: [] for part in upkeep.PARTS}},
+    "growth": {"growth": []},
+    "cost": {"cost": []},
+}
+
+
+def _command(command: str) -> str:
     """The command that measured, but for where it wrote and found things on that machine."""
-    words = result["command"].split()
+    words = command.split()
     private = ("--out", "--dir", "--etcd")
     kept = [w for i, w in enumerate(words) if w not in private and (i == 0 or words[i - 1] not in private)]
     return "    " + " ".join(w for w in kept if not w.startswith(tuple(f"{p}=" for p in private)))
@@ -130,8 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
     p.add_argument("results", type=Path, nargs="+", metavar="FILE", help="what the benchmarks wrote")
     p.add_argument("--document", type=Path, default=DOCUMENT, help="with the marks (default: docs/performance.md)")
     a = p.parse_args(arguments)
+    here = [path for path in a.results if path.exists()]
+    for path in a.results:
+        if path not in here:
+            print(f"bench.report: {path} is not there: what it would tell is left out", file=sys.stderr)
     try:
-        measured, files = block([json.loads(path.read_text()) for path in a.results])
+        results = [json.loads(path.read_text()) for path in here]
+        measured, files = block(results)
         old = a.document.read_text(encoding="utf-8")
         before, begin, rest = old.partition(BEGIN)
         _, end, after = rest.partition(END)
@@ -145,6 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, LookupError, TypeError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 1
+    print(goals.show(figures_of(together(results))))
     print(f"{a.document}: {len(files)} charts", file=sys.stderr)
     return 0
 
