@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import ddb
@@ -25,8 +25,40 @@ from ddb.settings import OneLineParser
 
 UNREACHABLE_S: Final = 1.0
 
+
+def _shell(client: Client, args: argparse.Namespace) -> int:
+    """The interactive shell, which runs the commands of this table over its own client."""
+    from ddb import shell
+
+    whole = parser()
+
+    def execute(words: Sequence[str]) -> int:
+        asked = whole.parse_args(words)
+        shared = asked.server == default_server and asked.timeout is None
+        if asked.server == default_server:
+            asked.server = args.server
+        asked.timeout = args.timeout if asked.timeout is None else asked.timeout
+        return run(asked, client if shared else None)
+
+    default_server = whole.get_default("server")
+    return shell.run(client, whole, lambda words: guarded(lambda: execute(words)))
+
+
+_OWN: Final = (
+    Command(
+        "shell",
+        options.none,
+        "talk with the database: completion, history, help, JSON over several lines",
+        ("ddb shell", "ddb shell < script"),
+        _shell,
+        formats=(),
+    ),
+)
+
 COMMANDS: Final[dict[str, Command]] = {
-    command.name: command for group in (clidata.COMMANDS, clicluster.COMMANDS, clitools.COMMANDS) for command in group
+    command.name: command
+    for group in (clidata.COMMANDS, clicluster.COMMANDS, clitools.COMMANDS, _OWN)
+    for command in group
 }
 
 
@@ -34,7 +66,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own when None) and return the exit code."""
     speak_utf8()
     try:
-        code = run(parser().parse_args(argv))
+        return guarded(lambda: run(parser().parse_args(argv)))
+    except BrokenPipeError:  # the reader has seen enough: `ddb scan | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """What `work` returns; where it fails, says so in one sentence, and returns what that means as an exit code.
+
+    A broken pipe and Ctrl-C pass: what they end, the command or all of it, is not to be decided here.
+    """
+    try:
+        code = work()
         sys.stdout.flush()
         return code
     except SystemExit as end:  # argparse's --help and errors
@@ -42,14 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DdbError as error:
         complain(error.message)
         return error.exit_code
-    except BrokenPipeError:  # the reader has seen enough: `ddb scan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+    except BrokenPipeError:
+        raise
     except OSError as error:
         complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
         return ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def run(args: argparse.Namespace, client: Client | None = None) -> int:
