@@ -174,6 +174,7 @@ class Machine:
         table, changes = self.table, self._changes
         row_of, put, watched = table.row, table.put, self.on_changes is not None
         leased = self.leases.of
+        special = watched or bool(leased)
         self._room = BATCH_REPLY_BYTES_MAX
         added = 0  # to the digest, by the plain puts below
         replies: list[bytes] = []
@@ -193,13 +194,15 @@ class Machine:
                 row = (value, rev, created, version, crc)
                 put(key, row, old)
                 added += crc * crc
-                if leased and key in leased:
-                    self.leases.attach(key, 0)
-                if watched:
-                    changes.append((rev, key, row, old, 0))
+                if special:
+                    if watched:
+                        changes.append((rev, key, row, old, 0))
+                    if key in leased:
+                        self.leases.attach(key, 0)
                 replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
             else:
                 replies.append(self._apply(rev, command))
+                special = watched or bool(leased)
             rev += 1
         table.digest = (table.digest + added + table.ledger.growth) & DIGEST_MASK
         table.ledger.growth = 0
