@@ -429,7 +429,8 @@ class SimDisk:
         except OSError as error:
             raise sqlite_error(sqlite3.SQLITE_CANTOPEN, "unable to open database file") from error
         self._next_handle += 1
-        connection = SimConnection(self, self._next_handle, file, self._spares.pop(file, None) or _Memory(), frozen)
+        memory = self._spares.pop(file) if file in self._spares else _Memory()
+        connection = SimConnection(self, self._next_handle, file, memory, frozen)
         self.connections[self._next_handle] = connection
         return cast(sqlite3.Connection, connection)
 
