@@ -53,7 +53,7 @@ PARTS = (
         "--only put,get,stale --rounds 5 --seconds 3", 670,
     ),
     Part("failover", "peers", "--only failover --failovers 5", 65, "--only failover --failovers 10", 120),
-    Part("million", "peers", "--only million", 110, "--only million", 110),
+    Part("million", "peers", "--only million", 140, "--only million", 140),
     Part(
         "growth", "growth", "--only keys,clients,batches --keys 10000,100000 --clients 1,64,1024 --batches 1,100 --seconds 1", 40,
         "", 480,

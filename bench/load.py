@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import resource
 import select
 import socket
 import time
@@ -45,6 +46,7 @@ FILL_BYTES_UNDERWAY = 60_000  # less than HTTP/2's first window
 CONNECT_TIMEOUT_S = 5.0
 DRAIN_TIMEOUT_S = 5.0
 LOOK_S = 0.1
+OTHER_DESCRIPTORS = 128
 RECEIVE_BYTES = 1 << 18
 ZIPF_EXPONENT = 0.99
 PRIME = 2_147_483_647
@@ -192,10 +194,20 @@ class Poller:
             self._poll.close()  # type: ignore[union-attr]
 
 
+def allow_connections(count: int) -> None:
+    """Let this process have so many connections, as far as the system permits: many shells allow 1,024 descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + OTHER_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 class Loop:
     """Several clients in one thread."""
 
     def __init__(self, plan: Plan, clients: int, first: int, result: Result) -> None:
+        allow_connections(clients)
         self.clients: dict[int, Client] = {}
         self.poller = Poller()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from bench import dialect
 from bench.frames import template
-from bench.load import fill, requests, run
+from bench.load import allow_connections, fill, requests, run
 from bench.plan import Plan, Result
 from tests.fake_server import FakeServer, failure
 from tests.harness import REPOSITORY, environment
@@ -64,6 +65,18 @@ def test_what_is_measured_is_what_the_server_answered(pipeline: int, processes: 
         figures = result.summary()
         assert figures["p50_ms"] <= figures["p95_ms"] <= figures["p99_ms"] <= figures["p99.9_ms"] <= figures["max_ms"]
         assert figures["ops_per_s"] == pytest.approx(figures["ops"] / 0.2)
+
+
+def test_more_connections_than_a_shell_allows_can_be_made() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        allow_connections(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 300
+        allow_connections(1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 300
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_warm_up_is_not_measured() -> None:
