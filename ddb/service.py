@@ -32,7 +32,7 @@ from ddb.routes import node_routes
 from ddb.server import Slot
 from ddb.sync import Sync
 from ddb.tenure import Tenure
-from ddb.watching import Watching
+from ddb.watchers import Watching
 from ddb.world import World
 
 log = logging.getLogger(__name__)
