@@ -80,6 +80,16 @@ class Page(NamedTuple):
             yield rev, key, row, client, self.term, self.at_ms
 
 
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """What a checkpoint is to take up: the changes of `pages`. It may then forget all up to `floor`, and as much more as takes
+    what is left below `bytes_max`."""
+
+    pages: list[Page]
+    floor: int
+    bytes_max: int
+
+
 def _rev(change: Change) -> int:
     return change[0]
 
@@ -105,8 +115,8 @@ class Past(Protocol):
     def history(
         self, after: int, upto: int, start: str = "", end: str | None = None, reverse: bool = False
     ) -> Iterator[Record]:
-        """The changes behind `after`, up to `upto`, of the keys from `start` up to `end`, in order or backwards. To be used
-        up, or dropped, at once. Raises CorruptStore."""
+        """The changes behind `after`, up to `upto`, of the keys from `start` up to `end`, in order or backwards. Raises
+        CorruptStore; Compacted, where a checkpoint has just dropped some of them."""
 
 
 class Chronicle:
@@ -148,13 +158,14 @@ class Chronicle:
         if self.on_page is not None:
             self.on_page(page)
 
-    def reset(self, base: int) -> None:
-        """The state was replaced by another, of `base`: go on behind that."""
+    def reset(self, base: int, past: Past | None = None) -> None:
+        """The state was replaced by another, of `base`, whose `past` came with it: go on behind that."""
         if self.on_reset is not None:
             self.on_reset()
         self._pages.clear()
         self._bytes = 0
         self.base = base
+        self.past = past
 
     # --- what there is ------------------------------------------------------------------------------------------
 
@@ -171,10 +182,12 @@ class Chronicle:
         """The first revision that is kept."""
         return self.floor + 1
 
-    def pages(self, after: int, upto: int) -> list[Page]:
-        """The pages in memory behind `after` and up to `upto`, neither of which may lie within a batch."""
-        begin, end = (bisect_right(self._pages, rev, key=_last) for rev in (after, upto))
-        return list(islice(self._pages, begin, end))
+    def extract(self, applied: int) -> Extract:
+        """What a checkpoint of the state after `applied`, the last entry taken in, is to write of it."""
+        written = self.base if self.past is None else self.past.history_last
+        floor = max(self.floor, applied - self.retention.entries)
+        begin = bisect_right(self._pages, max(written, floor), key=_last)
+        return Extract(list(islice(self._pages, begin, None)), floor, self.retention.bytes)
 
     def records(self, after: int, start: str = "", end: str | None = None) -> Iterator[Record]:
         """The changes behind the revision `after` of the keys from `start` up to and without `end`, in order. To be used up, or

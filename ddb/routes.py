@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from ddb.errors import BadRequest
 from ddb.http import (
+    EVENTS_TYPE,
     JSON_TYPE,
     TEXT_TYPE,
     Ask,
@@ -45,6 +46,8 @@ def node_routes() -> tuple[Route, ...]:
     return (
         Route("/kv", {"GET": scan}),
         Route("/kv/", {"GET": get, "PUT": put, "DELETE": delete}),
+        Route("/watch", {"GET": watch}),
+        Route("/history", {"GET": history}),
         Route("/members", {"GET": operation("members")}),
         *_common_routes(),
     )
@@ -121,7 +124,10 @@ def get(request: Request) -> Ask:
         return Response(200, encode(value), JSON_TYPE, headers)
 
     key = key_of(request, "/kv/")
-    return Ask({"op": "get", "key": key, **_read_options(request)}, show)
+    content = {"op": "get", "key": key, **_read_options(request)}
+    if "rev" in request.query:
+        content["rev"] = _number(request.query["rev"], "rev", int)
+    return Ask(content, show)
 
 
 def put(request: Request) -> Ask | Response:
@@ -162,6 +168,38 @@ def scan(request: Request) -> Ask:
     if "limit" in query:
         content["limit"] = _number(query["limit"], "limit", int)
     return Ask(content, show_json(request))
+
+
+def watch(request: Request) -> Ask | Response:
+    """The changes of a `key`, or of the keys that begin with `prefix`, as server-sent events; `from` a revision on, or behind
+    the one that `Last-Event-ID` names, which is what a browser sends that connects again."""
+    if request.method == "HEAD":
+        return Response(200, b"", EVENTS_TYPE)
+    content = {"op": "watch", **_what(request), **_write_options(request)}
+    if "key" not in content:
+        content.setdefault("prefix", "")
+    last = request.headers.get("last-event-id")
+    if last:
+        content["from"] = _number(last, "Last-Event-ID", int) + 1
+    return Ask(content, show_json(request))
+
+
+def history(request: Request) -> Ask:
+    """What has changed: of a `key`, of the keys that begin with `prefix`, or of all."""
+    content: dict[str, Any] = {"op": "history", **_what(request), **_read_options(request)}
+    content.update({name: _number(request.query[name], name, int) for name in ("to", "limit") if name in request.query})
+    if "reverse" in request.query:
+        content["reverse"] = _flag(request.query["reverse"], "reverse")
+    return Ask(content, show_json(request))
+
+
+def _what(request: Request) -> dict[str, Any]:
+    """Whose changes, and from where on."""
+    query = request.query
+    content: dict[str, Any] = {name: query[name] for name in ("key", "prefix") if name in query}
+    if "from" in query:
+        content["from"] = _number(query["from"], "from", int)
+    return content
 
 
 def _write(request: Request, content: dict[str, Any], show: Show) -> Ask | Response:

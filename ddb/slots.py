@@ -92,8 +92,8 @@ class Slot:
         """Answer with `error`."""
         self.reply(failure(error))
 
-    def open(self, body: bytes) -> Stream:
-        """Answer with `body`, and make the connection a stream of what follows."""
+    def open(self, body: bytes, rev: int) -> Stream:
+        """Answer with `body`, and make the connection a stream of what follows the revision `rev`."""
         stream = self.connection.stream = Stream(self.connection, self.dress)
         self.reply(body)
         return stream
@@ -176,11 +176,11 @@ class HttpSlot(Slot):
         """See Slot."""
         self.respond(http.refusal(error))
 
-    def open(self, body: bytes) -> Stream:
+    def open(self, body: bytes, rev: int) -> Stream:
         """See Slot. The response has no length: it ends with the connection (RFC 9112 §6.3)."""
         stream = self.connection.stream = Stream(self.connection, self.dress)
         if self.out is None:
-            first = Event(b"watch", body, 0).dressed(self.dress, last=True)
+            first = Event(b"watch", body, rev).dressed(self.dress, last=True)
             self._finish(http.stream_head(self.connection.date()) + first)
         return stream
 

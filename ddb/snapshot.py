@@ -7,13 +7,13 @@ Laws:
 * Nothing read from it is believed before its checksum has been compared.
 * It opens with plain `sqlite3`, and says what it holds in words and JSON.
 
-Theory. Three tables. `kv` has a row for each key (kv.py says what a row is), `ledger` a row for each record of sessions
-and leases (ledger.py). `meta` says in a few named texts which
+Theory. Four tables. `kv` has a row for each key (kv.py says what a row is), `ledger` a row for each record of sessions
+and leases (ledger.py), `history` one for each change of late (annals.py). `meta` says in a few named texts which
 state this is: `applied` and `term`, the last log entry in it; `configuration`, the members as of then; `count`
-of the keys and `digest` of rows and records; and `crc` over these texts. SQLite commits all in one transaction, so that the
+of the keys and `digest` of rows and records; `history`, what is kept of it; and `crc` over these texts. SQLite commits all in one transaction, so that the
 rows and the index they belong to can't part.
 
-A file of format 1, which had no ledger, is brought to the present format when it is opened, in one transaction too.
+A file of format 1, which had neither ledger nor history, is brought to the present format when it is opened, in one transaction too.
 
 SQLite does not notice bit rot: of single flipped bits, most pass `integrity_check` and change what is read. So each
 row carries a checksum, which reads compare (a row that is there is right), and `verify` walks all of them
@@ -29,11 +29,13 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
 
+from ddb import annals
+from ddb.annals import HISTORY, Kept
 from ddb.disk import Disk, fsync_directory, remove_if_there, touch
 from ddb.errors import CorruptStore, ReadOnly, StartupError
 from ddb.kv import DIGEST_MASK, Row, checksum
@@ -50,7 +52,7 @@ KV: Final = (
 )
 META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
 LEDGER: Final = "CREATE TABLE ledger (name TEXT PRIMARY KEY, value TEXT, crc INT) WITHOUT ROWID"
-TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER}}
+TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER, HISTORY}}
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 HASHED_BYTES: Final = 256 << 10  # read in one go
@@ -69,6 +71,7 @@ class Meta:
     digest: int = 0
     count: int = 0
     format: str = FORMAT
+    kept: Kept = field(default=Kept(), compare=False)  # of history, which is this file's own: another may keep more
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,7 @@ def create(disk: Disk, path: Path) -> None:
         connection.execute(KV)
         connection.execute(META)
         connection.execute(LEDGER)
+        connection.execute(HISTORY)
         write_meta(connection, Meta())
         connection.execute("COMMIT")
     put_in_place(disk, new, path)
@@ -189,6 +193,7 @@ def write_meta(connection: sqlite3.Connection, meta: Meta) -> None:
         "configuration": encode(None if meta.configuration is None else meta.configuration.to_json()).decode(),
         "count": str(meta.count),
         "digest": f"{meta.digest:016x}",
+        "history": meta.kept.to_text(),
     }
     texts["crc"] = _meta_checksum(texts)
     connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", texts.items())
@@ -211,6 +216,7 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> Meta:
         int(texts["digest"], 16),
         int(texts["count"]),
         texts["format"],
+        Kept.from_text(texts["history"]) if "history" in texts else Kept(int(texts["applied"])),
     )
 
 
@@ -238,6 +244,7 @@ def migrate(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute(LEDGER)
+        connection.execute(HISTORY)
         write_meta(connection, meta)
         connection.execute("COMMIT")
     finally:
@@ -293,6 +300,38 @@ def select_records(connection: sqlite3.Connection, path: Path) -> Iterator[tuple
             yield name, value
 
 
+def select_history(
+    connection: sqlite3.Connection,
+    path: Path,
+    after: tuple[int, int],
+    upto: tuple[int, int],
+    start: str = "",
+    end: str | None = None,
+    reverse: bool = False,
+) -> Iterator[annals.Fields]:
+    """The rows of the table `history` (annals.select), each one checked. Raises CorruptStore at the first that is wrong."""
+    last: annals.Fields | None = None
+    with errors(path):
+        for fields in annals.select(connection, after, upto, start, end, reverse):
+            if not annals.sound(fields) or (last is not None and (last[:2] >= fields[:2]) is not reverse):
+                raise corrupt(path, f"the change {fields[1]} of revision {fields[0]} is not what was written")
+            last = fields
+            yield fields
+
+
+def _verify_history(connection: sqlite3.Connection, path: Path, meta: Meta, *, gently: bool) -> None:
+    count = total = 0
+    for fields in select_history(connection, path, (-1, 0), (1 << 62, 0)):
+        if not meta.kept.floor < fields[0] <= meta.applied:
+            raise corrupt(path, f"revision {fields[0]} has no place in its history")
+        count += 1
+        total += fields[-1]
+        if gently and count % PAUSE_EVERY_ROWS == 0:
+            time.sleep(PAUSE_S)
+    if (count, total) != (meta.kept.count, meta.kept.sum):
+        raise corrupt(path, f"its history holds {count} sound changes, but not the {meta.kept.count} that were written")
+
+
 def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) -> Iterator[str]:
     """Walk the whole database and yield each key, once it is known to be right; at the end, that nothing is missing.
 
@@ -316,6 +355,7 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
             if meta.format != "1":
                 for name, value in select_records(connection, path):
                     digest += record_checksum(name, value) ** 2
+                _verify_history(connection, path, meta, gently=gently)
             if (digest & DIGEST_MASK, count) != (meta.digest, meta.count):
                 raise corrupt(path, f"{count} rows are sound, but they are not the {meta.count} that were written")
         finally:

@@ -38,13 +38,15 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from ddb import snapshot
+from ddb import annals, snapshot
+from ddb.chronicle import Extract, Record
 from ddb.disk import Disk, OsDisk, file_bytes, touch
-from ddb.errors import StartupError, invariant
+from ddb.errors import Compacted, StartupError, invariant
 from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
 from ddb.ledger import Ledger, Records
@@ -61,6 +63,8 @@ SORTED_KEYS_MAX: Final = 2000  # sorted in one go, about: a millisecond without 
 SLICE_KEYS: Final = 1000  # handled without a pause: some 0.3 ms
 OVERSAMPLING: Final = 8
 WRITER_CACHE_KIB: Final = 16 << 10
+HISTORY_PAGE_ROWS: Final = 200
+HISTORY_PAGE_BYTES: Final = 1 << 20
 
 _ONE_ROW = "(?, CAST(? AS TEXT), ?, ?, ?, ?)"
 INSERT_ONE: Final = f"INSERT OR REPLACE INTO kv VALUES {_ONE_ROW}"
@@ -187,6 +191,53 @@ class Store:
             count += self._flushing.growth(start, end)  # not yet in the file
         return count + self._changed.growth(start, end)
 
+    # ------------------------------------------------------ chronicle.Past
+
+    @property
+    def history_floor(self) -> int:
+        """The file has all changes behind this revision."""
+        return self.meta.kept.floor
+
+    @property
+    def history_last(self) -> int:
+        """The file has all changes up to this revision."""
+        return self.meta.applied
+
+    def history(
+        self, after: int, upto: int, start: str = "", end: str | None = None, reverse: bool = False
+    ) -> Iterator[Record]:
+        """See chronicle.Past. What is read in one go is at most some rows, or one large one."""
+        low, high = (after + 1, -1), (upto + 1, 0)
+        while True:
+            some = self._history_page(after, low, high, start, end, reverse)
+            yield from map(annals.record, some)
+            if not some:
+                return
+            place = (some[-1][0], some[-1][1])
+            low, high = (low, place) if reverse else (place, high)
+
+    def _history_page(
+        self, after: int, low: tuple[int, int], high: tuple[int, int], start: str, end: str | None, reverse: bool
+    ) -> list[annals.Fields]:
+        """Some rows from one transaction, which has all of them: a worker may be about to drop the oldest."""
+        connection = self._connection
+        some: list[annals.Fields] = []
+        size = 0
+        with errors(self.path):
+            connection.execute("BEGIN")
+            try:
+                floor = snapshot.read_meta(connection, self.path).kept.floor
+                if after < floor:
+                    raise Compacted(f"What was before revision {floor + 1} is not kept any more.", oldest=floor + 1)
+                for fields in snapshot.select_history(connection, self.path, low, high, start, end, reverse):
+                    some.append(fields)
+                    size += 0 if fields[3] is None else len(fields[3])
+                    if len(some) >= HISTORY_PAGE_ROWS or size >= HISTORY_PAGE_BYTES:
+                        break
+            finally:
+                connection.execute("ROLLBACK")
+        return some
+
     # --------------------------------------------------------- checkpoints
 
     @property
@@ -200,10 +251,12 @@ class Store:
         """Whether a checkpoint has begun and is neither finished nor abandoned."""
         return self._checkpoint is not None
 
-    def begin_checkpoint(self, applied: int, term: int, configuration: Configuration | None) -> Checkpoint:
+    def begin_checkpoint(
+        self, applied: int, term: int, configuration: Configuration | None, extract: Extract | None = None
+    ) -> Checkpoint:
         """Take all changes so far as the state after the entry `applied`, which is of `term`, when `configuration` held.
 
-        Quick; the returned checkpoint is then to be written by a worker thread.
+        `extract` is what is to be kept of history (nothing when left out). Quick; the returned checkpoint is then to be written by a worker thread.
         """
         invariant(self._checkpoint is None, "one checkpoint at a time")
         invariant(applied >= self.meta.applied, "a checkpoint doesn't go back")
@@ -212,7 +265,9 @@ class Store:
         self._renew_changed()
         meta = Meta(applied, term, configuration, self.digest, self.key_count)
         self._on_disk = self._on_disk or bool(layer.rows)
-        self._checkpoint = Checkpoint(self, meta, layer, self.ledger.take_changes())
+        self._checkpoint = Checkpoint(
+            self, meta, layer, self.ledger.take_changes(), extract or Extract([], applied, 0)
+        )  # fmt: skip
         return self._checkpoint
 
     def finish_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -230,8 +285,9 @@ class Store:
         """
         invariant(checkpoint is self._checkpoint, "the checkpoint under way is abandoned")
         with errors(self.path):
-            committed = snapshot.read_meta(self._connection, self.path) == checkpoint.meta
-        if committed:
+            meta = snapshot.read_meta(self._connection, self.path)
+        if meta == checkpoint.meta:
+            checkpoint.meta = meta  # it also says what was kept of history
             self.finish_checkpoint(checkpoint)
         else:
             self._checkpoint = None
@@ -366,10 +422,12 @@ class Store:
 
 
 class Checkpoint:
-    """One checkpoint under way: the rows of `layer` and the ledger's `records`, to be written as the state `meta`."""
+    """One checkpoint under way: the rows of `layer`, the ledger's `records`, and an `extract` of the chronicle, to be
+    written as the state `meta`."""
 
-    def __init__(self, store: Store, meta: Meta, layer: Layer, records: Records) -> None:
+    def __init__(self, store: Store, meta: Meta, layer: Layer, records: Records, extract: Extract) -> None:
         self.meta = meta
+        self._extract = extract
         self.records = records
         self._store = store
         self._layer = layer
@@ -392,6 +450,7 @@ class Checkpoint:
                 for keys in sorted_slices(self._layer.rows):
                     self._write_rows(connection, keys)
                 snapshot.write_records(connection, self.records)
+                self.meta = replace(self.meta, kept=annals.write(connection, self._extract))
                 snapshot.write_meta(connection, self.meta)
                 connection.execute("COMMIT")
             finally:

@@ -28,11 +28,11 @@ class Dress:
 
 
 class Event:
-    """One event: its JSON in `body`, the `kind` that it says, and the revision `rev` (0: it has none)."""
+    """One event: its JSON in `body`, the `kind` that it says, and the revision `rev` that it is of, or None."""
 
     __slots__ = ("_dressed", "body", "kind", "rev")
 
-    def __init__(self, kind: bytes, body: bytes, rev: int) -> None:
+    def __init__(self, kind: bytes, body: bytes, rev: int | None) -> None:
         self.kind = kind
         self.body = body
         self.rev = rev
@@ -59,7 +59,7 @@ def as_line(event: Event, last: bool) -> bytes:
 def as_sse(event: Event, last: bool) -> bytes:
     """As a server-sent event (HTML Living Standard §9.2). Who resumes behind an `id` has had all events of that revision, so
     only the last of them carries it."""
-    id = b"id: %d\n" % event.rev if last and event.rev else b""
+    id = b"id: %d\n" % event.rev if last and event.rev is not None else b""
     return b"event: %b\n%bdata: %b\n\n" % (event.kind, id, event.body)
 
 

@@ -100,7 +100,7 @@ class Sync:
         self._background = background
         self._drop_log_below = drop_log_below
         self._policy = policy or Policy()
-        self.chronicle = Chronicle(replica.machine.applied, Retention(self._policy.retain_entries))
+        self.chronicle = Chronicle(replica.machine.applied, Retention(self._policy.retain_entries), store)
         replica.machine.on_changes = self.chronicle.take
         replica.look_up = self.chronicle.answer
         self._chunk_bytes = (bounds or Bounds()).snapshot_chunk_bytes
@@ -209,7 +209,8 @@ class Sync:
         term = self._raft.log.term_at(applied)
         invariant(term is not None, "the log still has the last applied entry")
         bytes_before, self._bytes_since = self._bytes_since, 0
-        checkpoint = store.begin_checkpoint(applied, term or 0, self._raft.config_at(applied))
+        extract = self.chronicle.extract(applied)
+        checkpoint = store.begin_checkpoint(applied, term or 0, self._raft.config_at(applied), extract)
 
         def done(_: object, error: Exception | None) -> None:
             if error is None:
@@ -450,7 +451,7 @@ class Sync:
                 raft.restore(meta.applied, meta.term, meta.configuration)
             else:
                 raft.reapply(meta.applied)
-            self.chronicle.reset(meta.applied)
+            self.chronicle.reset(meta.applied, self._store)
             machine = Machine(self._store, meta.applied)
             machine.on_changes = self.chronicle.take
             self._replica.restored(machine)

@@ -97,7 +97,7 @@ class Watching:
             raise self._chronicle.compacted()
         if slot.done or slot.connection.sock is None:
             return
-        watcher = Watcher(slot.open(b'{"ok":true,"watch":true,"rev":%d}' % seen), wanted, seen)
+        watcher = Watcher(slot.open(b'{"ok":true,"watch":true,"rev":%d}' % seen, seen), wanted, seen)
         stream = watcher.stream
         stream.on_room = lambda: self._catch_up(watcher)
         slot.connection.on_close = lambda: self._forget(watcher)
@@ -119,7 +119,7 @@ class Watching:
         """End a watch that can't go on."""
         log.info("%r is dropped: %s", watcher, error.message)
         said = {"event": "error", "error": error.code, "message": error.message, **error.fields}
-        watcher.stream.send([Event(b"error", wire.encode(said), 0)])
+        watcher.stream.send([Event(b"error", wire.encode(said), None)])
         watcher.stream.close()
         self._forget(watcher)
 
