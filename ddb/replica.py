@@ -274,7 +274,7 @@ class Replica:
             self._on_forward(m, now)
         elif isinstance(m, ForwardReply):
             self._on_forward_reply(m)
-        elif not isinstance(m, Call | CallReply):  # those are the node's
+        elif not isinstance(m, Call) and not isinstance(m, CallReply):  # those are the node's
             self.raft.step(m, now)
             if type(m) is Append and m.digest is not None:
                 self._digest_expected = m.digest

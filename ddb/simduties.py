@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Final
 
 from ddb.kv import Machine
@@ -135,7 +134,7 @@ class Duties:
             self._receiving(seen, message, now)
             kind, term, vote = type(message), raft.term, raft.vote
             if kind is Append:
-                self._step_append(seen, message, partial(step, message, now))
+                self._step_append(seen, message, step, now)
             elif kind is VoteRequest:
                 beside = not message.transfer and message.term > term and raft.hears_leader(now)
                 step(message, now)
@@ -269,23 +268,25 @@ class Duties:
         if m.match > raft.log.base_index and not self._holds(raft.id, m.match, term):
             self._fail(ACK_EQUAL, seen, f"{m!r} of term {term} is not on disk")
 
-    def _step_append(self, seen: _Seen, m: Append, step: Callable[[], None]) -> None:
+    def _step_append(self, seen: _Seen, m: Append, step: Callable[[Any, float], None], now: float) -> None:
         """Let the core take in an append, and look at what it makes of it."""
         raft = seen.node.replica.raft
-        log, commit, last, durable = raft.log, raft.commit, raft.log.last_index, raft.durable
+        log, commit, durable = raft.log, raft.commit, raft.durable
+        last, batches = log.last_index, m.batches
         stale = m.term < raft.term
         fits = not stale and (m.prev_index <= log.base_index or log.term_at(m.prev_index) == m.prev_term)
-        conflicts = any(log.term_at(b.first) not in (None, b.term) for b in m.batches)
-        step()
-        if m.term != seen.named_in and not stale:
-            seen.named, seen.named_in = 0, m.term
+        conflicts = bool(batches) and any(log.term_at(b.first) not in (None, b.term) for b in batches)
+        step(m, now)
+        if not stale:
+            if m.term != seen.named_in:
+                seen.named, seen.named_in = 0, m.term
+            if raft.role is not Role.FOLLOWER or raft.leader != m.src:
+                self._fail(FOLLOWS, seen, f"{m!r}: {raft}")
         if fits:
-            seen.named = max(seen.named, m.batches[-1].last if m.batches else m.prev_index)
-        if not stale and (raft.role is not Role.FOLLOWER or raft.leader != m.src):
-            self._fail(FOLLOWS, seen, f"{m!r}: {raft}")
-        if (raft.log.last_index < last or raft.durable < durable) and not (conflicts and fits):
+            seen.named = max(seen.named, batches[-1].last if batches else m.prev_index)
+        if (log.last_index < last or raft.durable < durable) and not (conflicts and fits):
             self._fail(ONLY_CONFLICT, seen, f"{m!r}: {raft}, where {last} was the last")
-        if raft.commit > max(commit, seen.named if fits else 0):
+        if raft.commit > commit and raft.commit > (seen.named if fits else 0):
             self._fail(NAMED, seen, f"{m!r}: {raft}, where {commit} was committed")
 
     def _look_at_vote(self, seen: _Seen, m: VoteRequest, term: int, vote: str | None) -> None:
@@ -300,7 +301,8 @@ class Duties:
             beside = seen.node.replica.raft.hears_leader(now)
             seen.asked_beside.setdefault((m.src, m.ask), []).append(beside)
             return
-        seen.told_term = max(seen.told_term, m.term)
+        if m.term > seen.told_term:
+            seen.told_term = m.term
         if kind is AppendReply or kind is SnapshotReply:
             seen.heard[m.src] = now
             if kind is AppendReply and m.term == seen.node.replica.raft.term and (seen.unanimous or not m.doubt):

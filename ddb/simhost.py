@@ -269,7 +269,8 @@ class SimAlarm:
         """It is due."""
         if self._fn is not None:
             if self._interval_s is not None:
-                self._host.agenda.after(self._interval_s / self._host.rate, self._host, self.fire)
+                host = self._host
+                host.agenda.after(self._interval_s / host.rate, host, self.fire)
             self._fn()
 
 

@@ -217,38 +217,52 @@ class Rules:
 
     # -- what goes out
 
-    def _sending(self, seen: _Seen, m: Message) -> None:
+    def _sending(self, seen: _Seen, m: Any) -> None:
         if self._note is not None:
             self._note(f"{seen.host} > {m.dst.partition('.')[0]}  {brief(m)}")
-        node = seen.node
-        state = node.journal.hard_state
-        term = getattr(m, "term", 0)
-        if term and not isinstance(m, ElectionRequest | ElectionReply):
-            if term > state.term:
+        node, kind = seen.node, type(m)
+        if kind is Append or kind is InstallSnapshot:
+            self._tell_term(seen, m)
+            if self._leaders.get(m.term) != m.src and node.replica.raft.role is not Role.LEADER:
+                self._fail(ONE_LEADER, seen, f"{m!r}: {self._leaders}")
+        elif kind is ElectionRequest:
+            if m.ask != seen.ask:
+                seen.stalled |= seen.alive
+                seen.ask, seen.ask_term, seen.alive = m.ask, m.term, set()
+        elif kind is ElectionReply:
+            if m.answer == "yield":
+                seen.stalled.add(m.dst)  # should that one not win, it was waited for in vain
+        elif hasattr(m, "term"):
+            self._tell_term(seen, m)
+            self._promising(seen, m)
+
+    def _tell_term(self, seen: _Seen, m: Any) -> None:
+        if m.term:
+            id, state = seen.node.id, seen.node.journal.hard_state
+            if m.term > state.term:
                 self._fail(TERM_ON_DISK, seen, f"{m!r}, and the disk has {state}")
-            self._terms[node.id] = max(self._terms[node.id], term)
-        if isinstance(m, VoteReply) and m.granted:
-            self._vote(seen, term, m.dst, m.doubt)
-            seen.stalled.add(m.dst)  # it is given time to win, once
-        elif isinstance(m, VoteRequest):
-            self._vote(seen, term, node.id, node.replica.raft.doubt)
+            if m.term > self._terms[id]:
+                self._terms[id] = m.term
+
+    def _promising(self, seen: _Seen, m: Any) -> None:
+        """What a message of the rarer kinds, or an acknowledgement, gives away."""
+        node, kind = seen.node, type(m)
+        if kind is AppendReply:
+            if m.ok and m.match:
+                held = max(node.journal.last[0], node.replica.machine.table.meta.applied)  # type: ignore[attr-defined]
+                if held < m.match:
+                    self._fail(ACK_ON_DISK, seen, f"{m!r}, and the disk has {held}")
+        elif kind is VoteReply:
+            if m.granted:
+                self._vote(seen, m.term, m.dst, m.doubt)
+                seen.stalled.add(m.dst)  # it is given time to win, once
+        elif kind is VoteRequest:
+            self._vote(seen, m.term, node.id, node.replica.raft.doubt)
             if not m.transfer and node.replica.raft.election.name == "bully":
                 against = seen.alive - seen.stalled
                 if against:
                     self._fail(RANK, seen, f"{m!r} against {sorted(against)}")
-        elif isinstance(m, AppendReply) and m.ok and m.match:
-            held = max(node.journal.last[0], node.replica.machine.table.meta.applied)  # type: ignore[attr-defined]
-            if held < m.match:
-                self._fail(ACK_ON_DISK, seen, f"{m!r}, and the disk has {held}")
-        elif isinstance(m, ElectionRequest) and m.ask != seen.ask:
-            seen.stalled |= seen.alive
-            seen.ask, seen.ask_term, seen.alive = m.ask, m.term, set()
-        elif isinstance(m, ElectionReply) and m.answer == "yield":
-            seen.stalled.add(m.dst)  # should that one not win, it was waited for in vain
-        elif isinstance(m, Append | InstallSnapshot):
-            if self._leaders.get(m.term) != m.src and node.replica.raft.role is not Role.LEADER:
-                self._fail(ONE_LEADER, seen, f"{m!r}: {self._leaders}")
-        elif isinstance(m, TimeoutNow):
+        elif kind is TimeoutNow:
             self.met("leadership handed over")
 
     def _vote(self, seen: _Seen, term: int, candidate: str, doubt: bool) -> None:
