@@ -20,7 +20,7 @@ members compare them, and a snapshot is verified against its own.
 Where a txn fails halfway, the changes it made are taken back one by one, newest first. That is simpler than an overlay
 that every read must look through, and costs only those who fail.
 
-Beside the rows stand sessions and leases (sessions.py, leases.py), in the records of a ledger that the digest covers, too.
+Beside the rows stand sessions and leases (sessions.py, leasebook.py), in the records of a ledger that the digest covers, too.
 A write of a session is wrapped: `["once", CLIENT, SEQ, COMMAND]`. What is inside is applied as if it stood alone.
 """
 
@@ -34,7 +34,7 @@ from zlib import crc32
 from ddb.codec import decode_batch
 from ddb.commands import READS, WRITES, prefix_end, prepare, prepare_read
 from ddb.errors import BadRequest, Overloaded, SessionExpired, TooLarge, invariant
-from ddb.leases import Leases, ttl_json
+from ddb.leasebook import Leases, ttl_json
 from ddb.ledger import Ledger
 from ddb.messages import Batch, Command
 from ddb.sessions import Sessions, check_reply

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 from ddb import wire
 from ddb.commands import lease_of
 from ddb.errors import BadRequest, DdbError, NoLeader
-from ddb.leases import ttl_json, unknown_lease
+from ddb.leasebook import ttl_json, unknown_lease
 from ddb.replica import Reader, Replica
 from ddb.tenure import Tenure
 

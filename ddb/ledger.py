@@ -4,7 +4,7 @@ Laws:
 
 * A record changes only when an entry of the log is applied, so every node has the same ones.
 * A record counts in the machine's digest just as a row does: two nodes that remember different things disagree.
-* All of it is in memory. Each kind of record is bounded by who writes it (sessions.py, leases.py).
+* All of it is in memory. Each kind of record is bounded by who writes it (sessions.py, leasebook.py).
 
 Theory. A *record* is a short text in compact JSON under a name that begins with its kind:
 

@@ -33,7 +33,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Final
 
-from ddb.leases import KEYS_MAX, unknown_lease
+from ddb.leasebook import KEYS_MAX, unknown_lease
 from ddb.messages import Command
 from ddb.replica import Replica
 from ddb.wire import encode
