@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ddb import console, options, wire
+from ddb import console, exporter, importer, options, wire
 from ddb.client import Client, next_page
 from ddb.console import CONDITION_NOT_MET, NOT_FOUND, OK, Command, UsageError, as_json, complain, say, say_json
 from ddb.formats import ABSENT, Format, held_bytes, one_line, raw_bytes
@@ -235,5 +235,21 @@ COMMANDS: Final = (
         "do several operations at once, under conditions",
         ("""ddb txn '{"if":[{"key":"a","exists":true}],"then":[{"op":"delete","key":"a"}]}'""", "ddb txn @move.json"),
         _txn,
+    ),
+    Command(
+        "export",
+        options.export_options,
+        "write keys and values to a file, as lines of JSON; where it is killed, the same command goes on",
+        ("ddb export all.jsonl", "ddb export - --prefix user/ | gzip > user.gz"),
+        exporter.export,
+        formats=(),
+    ),
+    Command(
+        "import",
+        options.import_options,
+        "put what an export wrote, or any lines of JSON with key and value; where it is stopped, the same command goes on",
+        ("ddb import all.jsonl", "gunzip < user.gz | ddb import - --into old/"),
+        importer.import_,
+        formats=(),
     ),
 )

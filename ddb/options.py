@@ -262,5 +262,29 @@ def sim_options(parser: argparse.ArgumentParser) -> None:
     output_options(parser, (Format.JSON,), argparse.SUPPRESS)
 
 
+def export_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb export`."""
+    parser.add_argument("file", metavar="FILE", help="where to; - is standard output")
+    parser.add_argument("--prefix", metavar="PREFIX", help="only keys that begin so")
+    parser.add_argument("--start", metavar="KEY", help="only keys from this one on")
+    parser.add_argument("--end", metavar="KEY", help="only keys below this one")
+    parser.add_argument("--force", action="store_true", help="replace FILE where it is there already")
+    parser.add_argument("--restart", action="store_true", help="begin anew where an export of FILE was killed")
+    _quiet_option(parser)
+
+
+def import_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb import`."""
+    parser.add_argument("file", metavar="FILE", help="where from; - is standard input")
+    parser.add_argument("--into", metavar="TEXT", help="put TEXT in front of every key")
+    parser.add_argument("--state", metavar="PATH", type=Path, help="how far it got is kept here (FILE.import)")
+    parser.add_argument("--restart", action="store_true", help="begin anew where an import of FILE was stopped")
+    _quiet_option(parser)
+
+
+def _quiet_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing where all went well")
+
+
 def none(parser: argparse.ArgumentParser) -> None:
     """A command without arguments of its own."""
