@@ -49,13 +49,13 @@ class Part:
 PARTS = (
     Part("limits", "peers", "--only limits --seconds 1", 10, "--only limits", 25),
     Part(
-        "work", "peers", "--only put,get,stale --rounds 3 --seconds 0.8 --warm-up 0.2 --rehearsal 4", 160,
+        "work", "peers", "--only put,get,stale --rounds 3 --seconds 0.8 --warm-up 0.2 --rehearsal 4", 150,
         "--only put,get,stale --rounds 5 --seconds 3", 670,
     ),
-    Part("failover", "peers", "--only failover --failovers 5", 65, "--only failover --failovers 10", 120),
-    Part("million", "peers", "--only million", 140, "--only million", 140),
+    Part("failover", "peers", "--only failover --failovers 5", 45, "--only failover --failovers 10", 120),
+    Part("million", "peers", "--only million", 130, "--only million", 130),
     Part(
-        "growth", "growth", "--only keys,clients,batches --keys 10000,100000 --clients 1,64,1024 --batches 1,100 --seconds 1", 40,
+        "growth", "growth", "--only keys,clients,batches --keys 10000,100000 --clients 1,64,1024 --batches 1,100 --seconds 1", 30,
         "", 480,
     ),
     Part(

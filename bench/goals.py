@@ -145,6 +145,12 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def _measured(goal: Goal, value: float) -> str:
+    """The value, with as many digits as it takes to see on which side of the bound it is."""
+    short = _number(value)
+    return short if goal.met(float(short.replace(",", ""))) == goal.met(value) else f"{value:,.6g}"
+
+
 def show(found: Found, goals: Sequence[Goal] = GOALS) -> str:
     """Each goal with what was measured, as a table, and how many are met."""
     rows = []
@@ -152,7 +158,7 @@ def show(found: Found, goals: Sequence[Goal] = GOALS) -> str:
         value = goal.value(found)
         whose = "" if goal.system is None else f"× {OF.get(goal.system, goal.system)}"
         bound = f"{'≥' if goal.least else '≤'} {_number(goal.bound)}{whose}"
-        said = "-" if value is None else f"{_number(value)}{'×' if whose else ''}"
+        said = "-" if value is None else f"{_measured(goal, value)}{'×' if whose else ''}"
         verdict = "not measured" if value is None else "met" if goal.met(value) else "not met"
         rows.append([goal.work, SHOWN[goal.figure], bound, said, verdict])
     verdicts = [row[-1] for row in rows]

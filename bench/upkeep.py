@@ -202,6 +202,7 @@ def join(system: System, plan: Plan, before_s: float, say: Say) -> dict[str, Any
     leader = await_leader(system)
     plan = replace(plan, servers=(leader.address,))
     fill(plan)
+    checkpoint_all(system.nodes)  # or what they do behind the fill would be in `before`
     with Background(plan) as load:
         load.wait(plan.warm_up_s)
         before = load.wait(before_s)

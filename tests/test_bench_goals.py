@@ -85,6 +85,12 @@ def test_a_goal_is_met_from_its_bound_on(least: bool, value: float, verdict: str
     assert verdicts(goals.show(found, [goal]), "w") == [verdict]
 
 
+def test_a_goal_that_is_just_missed_shows_so() -> None:
+    goal = goals.Goal("w", "ops_per_s", True, 2.0, "etcd")
+    shown = goals.show({("w", "ddb", "ops_per_s"): 1.9981, ("w", "etcd", "ops_per_s"): 1.0}, [goal])
+    assert "1.9981×" in shown and "not met" in shown
+
+
 def test_goals_on_chores_and_memory_find_their_figures() -> None:
     upkeep = {
         "checkpoints": [{"keys": 10_000, "stall": 2.0}, {"keys": 1_000_000, "stall": None}],
