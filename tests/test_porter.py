@@ -1,0 +1,263 @@
+"""`ddb export` and `ddb import`: what goes out comes in again, whoever is killed, and whatever is written meanwhile."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddb import dump, exporter
+from ddb.client import Client, connect
+from ddb.errors import BadRequest, Compacted
+from tests.harness import Cluster, environment, wait
+
+LINES = 20_000
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Cluster]]:
+    """Two databases of one node each."""
+    one, other = (Cluster(tmp_path_factory.mktemp(name), 1, registry=False) for name in ("one", "other"))
+    with one, other:
+        yield one, other
+
+
+@pytest.fixture
+def source(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
+    yield from emptied(pair[0])
+
+
+@pytest.fixture
+def target(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
+    yield from emptied(pair[1])
+
+
+def emptied(cluster: Cluster) -> Iterator[Client]:
+    with connect(cluster.addresses) as client:
+        while keys := [item.key for item in client.scan(keys_only=True, limit=10_000)]:
+            client.batch([{"op": "delete", "key": key} for key in keys])
+        yield client
+
+
+def ddb(client: Client, *argv: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "ddb", "--server", client.servers[0], *argv]
+    return subprocess.run(command, capture_output=True, env=environment(), timeout=60, input=stdin)
+
+
+def rows(client: Client) -> dict[str, Any]:
+    return {item.key: item.value for item in client.scan_all()}
+
+
+def last_line(file: Path) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads(file.read_bytes().splitlines()[-1])
+    return said
+
+
+ODD: dict[str, Any] = {
+    "a": "text", "b": b"\x00\xff", "c": {"n": [1, 2.5, None, True]}, "d": "", "e": "two\nlines \u2028", "ø/\U0001f30a": None,
+    'quote"\\': "x" * 100_000, "f": {"$b64": "no base64"}, "g": 10**40,
+}  # fmt: skip
+
+
+def test_what_goes_out_comes_in_again(source: Client, target: Client, tmp_path: Path) -> None:
+    for key, value in ODD.items():
+        source.put(key, value)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert ddb(source, "export", str(first)).returncode == 0
+    assert ddb(target, "import", str(first)).returncode == 0
+    assert rows(target) == rows(source) == ODD
+    assert ddb(target, "export", str(second)).returncode == 0
+    assert last_line(first)["sha256"] == last_line(second)["sha256"]
+    assert last_line(first)["consistent"] is True
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.import*"))
+
+
+def test_it_goes_through_a_pipe(source: Client, target: Client) -> None:
+    source.put("user/1", "Ann")
+    source.put("other", "x")
+    out = ddb(source, "export", "-", "--prefix", "user/", "-q")
+    assert (out.returncode, out.stderr) == (0, b"")
+    into = ddb(target, "import", "-", "--into", "old/", stdin=out.stdout)
+    assert (into.returncode, into.stderr.split(b" written")[0]) == (0, b"ddb: 1 keys")
+    assert rows(target) == {"old/user/1": "Ann"}
+
+
+def test_an_import_that_was_killed_goes_on_where_it_was(target: Client, tmp_path: Path) -> None:
+    file, note = tmp_path / "in", tmp_path / "in.import"
+    file.write_bytes(b"".join(dump.put(f"k{n % 15_000:05}", n) for n in range(LINES)))
+    argv = [sys.executable, "-m", "ddb", "--server", target.servers[0], "import", str(file)]
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
+        wait(note.exists, what="it has begun")
+        process.kill()
+    lines = json.loads(note.read_bytes())["lines"]
+    assert 0 < lines < LINES
+    ran = ddb(target, "import", str(file))
+    assert ran.returncode == 0
+    assert f"Going on behind line {lines:,}".encode() in ran.stderr
+    assert rows(target) == {f"k{n % 15_000:05}": n for n in range(LINES)}
+    assert not note.exists()
+
+
+def test_ctrl_c_keeps_what_is_done(target: Client, tmp_path: Path) -> None:
+    note = tmp_path / "note"
+    argv = [sys.executable, "-m", "ddb", "--server", target.servers[0], "import", "-", "--state", str(note)]
+    with subprocess.Popen(argv, env=environment(), stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"".join(dump.put(f"k{n:05}", n) for n in range(1200)))
+        process.stdin.flush()
+        wait(lambda: target.count() >= 1000, what="whole batches are written")
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+    assert process.returncode == 130
+    assert json.loads(note.read_bytes())["lines"] == 1000
+
+
+def test_another_file_under_the_same_name_is_noticed(target: Client, tmp_path: Path) -> None:
+    file = tmp_path / "in"
+    file.write_bytes(dump.put("a", 1) + b"nonsense\n")
+    assert ddb(target, "import", str(file)).returncode == 1
+    file.write_bytes(dump.put("b", 2) + dump.put("c", 3))
+    ran = ddb(target, "import", str(file))
+    assert ran.returncode == 2
+    assert ran.stderr.endswith(b"is not what was being imported here; to begin anew, say --restart.\n")
+    assert ddb(target, "import", str(file), "--restart").returncode == 0
+    assert rows(target) == {"a": 1, "b": 2, "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"nonsense", "is not JSON"),
+        (b"[1]", "is not a JSON object"),
+        (b'{"key":5,"value":1}', 'has no "key"'),
+        (b'{"key":"","value":1}', 'has no "key"'),
+        (b'{"key":"a"}', 'must have either "value" or "deleted":true'),
+        (b'{"key":"a","value":1,"deleted":true}', 'must have either "value" or "deleted":true'),
+        (b'{"key":"%b","value":1}' % (b"x" * 5000), "has a key of more than 4,096 bytes"),
+        (b'{"ddb":"export","version":9}', "is of an export of version 9"),
+        (b'{"key":"a","value":NaN}', "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+    ],
+)
+def test_a_line_that_can_t_be_taken_is_named_and_what_stands_before_it_is_in(
+    target: Client, tmp_path: Path, line: bytes, why: str
+) -> None:
+    file = tmp_path / "in"
+    file.write_bytes(dump.put("before", 1) + b"\n" + line + b"\n" + dump.put("behind", 1))
+    ran = ddb(target, "import", str(file))
+    assert ran.returncode == 1
+    assert f"{file}:3: the line {why}" in ran.stderr.decode()
+    assert rows(target) == {"before": 1}
+
+
+def test_an_export_that_is_not_whole_is_said_to_be_so(source: Client, target: Client, tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    for n in range(3):
+        source.put(f"k{n}", n)
+    ddb(source, "export", str(file))
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-1]))
+    ran = ddb(target, "import", str(file))
+    assert ran.returncode == 1 and b"is not whole: its end is missing" in ran.stderr
+    file.write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    ran = ddb(target, "import", str(file))
+    assert ran.returncode == 1 and b"has been changed since it was written" in ran.stderr
+    file.write_bytes(b"".join(lines + lines))  # cat one two
+    assert ddb(target, "import", str(file)).returncode == 0
+
+
+def test_a_file_that_is_there_is_not_overwritten(source: Client, tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("precious")
+    ran = ddb(source, "export", str(file))
+    assert ran.returncode == 2 and b"is there already" in ran.stderr
+    assert file.read_text() == "precious"
+    assert ddb(source, "export", str(file), "--force").returncode == 0
+    assert ddb(source, "export", str(tmp_path)).returncode == 2
+
+
+@pytest.mark.parametrize("kept", [0, 40, 0.3, 0.7, 1.0])
+def test_an_export_that_was_killed_goes_on_where_it_was(source: Client, tmp_path: Path, kept: float) -> None:
+    for n in range(0, 5000, 500):
+        source.batch([{"op": "put", "key": f"k{m:05}", "value": m} for m in range(n, n + 500)])
+    whole, file = tmp_path / "whole", tmp_path / "out"
+    ddb(source, "export", str(whole))
+    text = whole.read_bytes()
+    size = int(kept * len(text)) if kept <= 1 else int(kept)
+    (tmp_path / "out.part").write_bytes(text[:size])
+    ran = ddb(source, "export", str(file))
+    assert ran.returncode == 0, ran.stderr
+    assert (b"Going on" in ran.stderr) == (size > 100)
+    assert last_line(file)["sha256"] == last_line(whole)["sha256"]
+    assert last_line(file)["keys"] == 5000
+
+
+def test_the_part_of_another_range_is_not_gone_on_with(source: Client, tmp_path: Path) -> None:
+    source.put("a", 1)
+    source.put("b", 1)
+    out = ddb(source, "export", "-", "--prefix", "b").stdout
+    (tmp_path / "out.part").write_bytes(out)
+    assert b"Going on" not in ddb(source, "export", str(tmp_path / "out")).stderr
+    assert last_line(tmp_path / "out")["keys"] == 2
+
+
+def test_an_export_made_under_load_is_the_state_of_one_moment(
+    source: Client, target: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "PAGE_ITEMS", 10)
+    monkeypatch.setattr(exporter, "CHANGES_PAGE", 3)
+    for n in range(50):
+        source.put(f"k{n:02}", n)
+    pages = 0
+
+    def disturb(text: str) -> None:  # after each page: before, in and behind what has been read
+        nonlocal pages
+        pages += 1
+        if pages > 4:
+            return
+        source.batch([{"op": "put", "key": key, "value": pages} for key in ("k01", f"k{pages * 10 + 2:02}", "k49")])
+        source.delete(f"k{pages:02}")
+        source.delete(f"k{50 - pages:02}")
+        source.put(f"new{pages}", pages)
+
+    out = io.BytesIO()
+    said = exporter.Exporter(source, {}, 10.0, disturb).to_stream(out)
+    assert "changes made meanwhile" in said and "as of revision" in said
+    assert pages > 4
+    ran = ddb(target, "import", "-", stdin=out.getvalue())
+    assert ran.returncode == 0, ran.stderr
+    assert rows(target) == rows(source)
+
+
+def test_what_can_t_be_of_one_moment_says_between_which_it_lies(
+    source: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        source.put(f"k{n}", n)
+    monkeypatch.setattr(exporter, "PAGE_ITEMS", 2)
+    call = source.call
+
+    def forgetful(request: dict[str, Any], **more: Any) -> dict[str, Any]:
+        if request["op"] == "history":
+            raise Compacted("gone", oldest=10**9)
+        return call(request, **more)
+
+    monkeypatch.setattr(source, "call", forgetful)
+    out = io.BytesIO()
+    said = exporter.Exporter(source, {}, 10.0, lambda text: source.put("k0", text) and None).to_stream(out)
+    assert "no state of one moment: each key is as it was at some revision from" in said
+    assert json.loads(out.getvalue().splitlines()[-1])["consistent"] is False
+
+
+def test_a_line_tells_a_value_or_a_deletion() -> None:
+    assert dump.read(dump.put("k", None)) == {"key": "k", "value": None}
+    assert dump.read(dump.deleted("k")) == {"key": "k", "deleted": True}
+    with pytest.raises(BadRequest):
+        dump.read(b'{"key":"k","deleted":false}')
