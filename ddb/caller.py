@@ -2,58 +2,64 @@
 
 Laws:
 
-1. It is told truthfully how far a request got: `sent` from the moment that the kernel has taken its last byte.
+1. It is told truthfully how far a request got (links.py).
 2. An interrupt (Ctrl-C) in the middle of a call leaves no half-read connection in use.
 3. No step outlasts the deadline that it was given.
+4. What one thread does never waits for another's call: each call under way has connections of its own.
 
 Theory. What a call does next is decided in calls.py, without I/O; here each of its steps is done, one after another, in
-the caller's own thread. A connection carries one request at a time and is silent in between, so a server that closed it
-while it was idle is noticed before anything is sent: a write that meets a restarted server is then not a write of
-unknown outcome.
+the caller's own thread. A `Caller` carries one call at a time; `Callers` lends one to each call, and keeps those that
+are idle for the next: a program with one thread has one connection to each node that it needs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import random
-import select
-import socket
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
-from ddb import calls, wire
-from ddb.calls import CONNECT_TIMEOUT_S, Effect, Exchange, Failed, Keep, Knowledge, Sleep, Steps
+from ddb import calls
+from ddb.calls import Effect, Exchange, Failed, Keep, Knowledge, Outcome, Sleep, State, Volley
+from ddb.errors import BadRequest, DdbError
+from ddb.links import Link, reason_of
+from ddb.watching import Watch
 
-REPLY_BYTES_MAX: Final = 1 << 30
+T = TypeVar("T")
+_log = logging.getLogger("ddb.client")
 
 
 class Caller:
-    """The open connections to a cluster's nodes, and what is `known` of where they are and who leads.
+    """The open connections of one call after another. For one thread at a time, but for `abort`."""
 
-    The arguments are those of calls.Knowledge. For one thread at a time.
-    """
-
-    def __init__(
-        self, servers: Sequence[str], registry: str | None = None, discover: bool = True, unreachable_s: float = 5.0
-    ) -> None:
-        self.known = Knowledge(tuple(servers), registry, discover, unreachable_s)
+    def __init__(self, known: Knowledge) -> None:
+        self.known = known
         self.links: dict[str, Link] = {}
         self._rng = random.Random()
+        self._aborted = threading.Event()
 
     def call(self, request: Mapping[str, Any], at: str | None, timeout_s: float) -> dict[str, Any]:
         """Send `request` to the leader where that is known, or to the address `at` and nowhere else, and go on until
         it is served or `timeout_s` is over. Returns the reply. Raises a DdbError."""
         return self._drive(calls.call(self.known, request, at, timeout_s, time.monotonic, self._rng))
 
-    @property
-    def servers(self) -> tuple[str, ...]:
-        """The addresses known now: those given, then those learnt."""
-        return self.known.servers
+    def volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
+        """Send all `requests` at once; returns for each what came of it."""
+        return self._drive(calls.volley(self.known, requests, timeout_s, time.monotonic, self._rng))
 
     def close(self) -> None:
         """Close every connection. May be called twice."""
         for address in list(self.links):
             self.drop(address)
+
+    def abort(self) -> None:
+        """End the call that another thread has under way, with an error, and all that would follow it."""
+        self._aborted.set()
+        for link in list(self.links.values()):
+            link.abort()
 
     def link(self, address: str, deadline_s: float) -> Link:
         """The open connection to `address`, or a new one. Raises OSError."""
@@ -70,7 +76,7 @@ class Caller:
         if link is not None:
             link.close()
 
-    def _drive(self, steps: Steps) -> dict[str, Any]:
+    def _drive(self, steps: Generator[Any, Any, T]) -> T:
         """Do what a call wants done until it has its reply."""
         try:
             effect = next(steps)
@@ -82,17 +88,21 @@ class Caller:
                 else:
                     effect = steps.send(answer)
         except StopIteration as end:
-            reply: dict[str, Any] = end.value
-            return reply
+            done: T = end.value
+            return done
         finally:
             steps.close()
 
-    def _perform(self, effect: Effect) -> bytes | None:
+    def _perform(self, effect: Effect | Volley) -> Any:
+        if self._aborted.is_set():
+            raise BadRequest("This client is closed; connect again.")
         match effect:
             case Exchange():
                 return self._exchange(effect)
+            case Volley():
+                return self._volley(effect)
             case Sleep(seconds):
-                time.sleep(seconds)
+                self._aborted.wait(seconds)
             case Keep(addresses):
                 for unknown in [address for address in self.links if address not in addresses]:
                     self.drop(unknown)
@@ -103,73 +113,125 @@ class Caller:
         try:
             link = self.link(effect.address, effect.deadline_s)
         except OSError as error:
-            raise Failed(_reason(error), sent=False, connected=False) from None
+            raise Failed(reason_of(error), sent=False, connected=False) from None
         try:
             return link.exchange(effect.payload, effect.deadline_s)
         except OSError as error:
             self.drop(effect.address)
-            raise Failed(_reason(error), sent=link.sent) from None
+            raise Failed(reason_of(error), sent=link.sent) from None
 
-
-class Link:
-    """One blocking connection in the frames dialect, with one request under way at a time."""
-
-    def __init__(self, address: str, deadline_s: float) -> None:
-        self.sent = False  # whether the kernel took the whole of the last request
-        self._idle = True
-        self._cutter = wire.FrameBuffer(REPLY_BYTES_MAX)
-        patience_s = max(min(CONNECT_TIMEOUT_S, deadline_s - time.monotonic()), 0.001)
+    def _volley(self, effect: Volley) -> list[bytes | Failed]:
+        """For each request its reply, or why there is none."""
         try:
-            self._socket = socket.create_connection(wire.parse_address(address), timeout=patience_s)
-        except UnicodeError:  # from the idna codec
-            raise OSError("no host has such a name") from None
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._poll = select.poll() if hasattr(select, "poll") else None
-        if self._poll is not None:
-            self._poll.register(self._socket, select.POLLIN)
+            link = self.link(effect.address, effect.deadline_s)
+        except OSError as error:
+            return [Failed(reason_of(error), sent=False, connected=False) for _ in effect.payloads]
+        answers: list[bytes] = []
+        try:
+            link.exchange_many(effect.payloads, effect.deadline_s, answers)
+        except OSError as error:
+            self.drop(effect.address)
+            reason, whole = reason_of(error), link.sent_whole
+            missing = range(len(answers), len(effect.payloads))
+            return [*answers, *(Failed(reason, sent=position < whole) for position in missing)]
+        return list(answers)
 
-    def usable(self) -> bool:
-        """Whether a request may be sent: no earlier one waits for its reply (Ctrl-C came in between), and the connection
-        is silent, as it must be between two requests. It is not once the server closed it."""
-        if not self._idle:
-            return False
-        if self._poll is not None:
-            return not self._poll.poll(0)
-        return not select.select([self._socket], [], [], 0)[0]
 
-    def exchange(self, payload: bytes, deadline_s: float) -> bytes:
-        """Send `payload` as a frame and return the reply's payload. Raises OSError; `sent` then says how far it got."""
-        self.sent = self._idle = False
-        unsent = memoryview(wire.frame(payload))
-        while unsent:
-            self._arm(deadline_s)
-            unsent = unsent[self._socket.send(unsent) :]
-        self.sent = True
-        while True:
-            self._arm(deadline_s)
-            data = self._socket.recv(1 << 18)
-            if not data:
-                raise ConnectionResetError("it closed the connection")
-            payloads = self._cutter.feed(data)
-            if self._cutter.error is not None:
-                raise ConnectionAbortedError("it does not speak ddb's protocol")
-            if payloads:
-                self._idle = len(payloads) == 1 and not self._cutter  # nobody asked for more
-                return payloads[0]
-
-    def _arm(self, deadline_s: float) -> None:
-        remaining_s = deadline_s - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError("time ran out")
-        self._socket.settimeout(remaining_s)
+class Guest(Protocol):
+    """What lives as long as its client at most."""
 
     def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
+        """End it. May be called twice."""
 
 
-def _reason(error: OSError) -> str:
-    """Why, in a few words without the number of the error."""
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    return (error.strerror or str(error) or type(error).__name__).lower()
+class Callers:
+    """All connections of one client, and what is `known` of where the nodes are and who leads.
+
+    The arguments are those of calls.Knowledge. For any number of threads.
+    """
+
+    def __init__(
+        self, servers: Sequence[str], registry: str | None = None, discover: bool = True, unreachable_s: float = 5.0
+    ) -> None:
+        self.known = Knowledge(tuple(servers), registry, discover, unreachable_s, on_state=self._turned)
+        self.idle: list[Caller] = []
+        self.listeners: list[Callable[[State], object]] = []
+        self._lock = threading.Lock()
+        self._guests: set[Guest] = set()
+        self.closed = False
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[Caller]:
+        """A caller for the time of a block. Raises BadRequest where the client is closed."""
+        with self._lock:
+            if self.closed:
+                raise BadRequest("This client is closed; connect again.")
+            caller = self.idle.pop() if self.idle else Caller(self.known)
+        try:
+            yield caller
+        finally:
+            with self._lock:
+                if not self.closed:
+                    self.idle.append(caller)
+            if self.closed:
+                caller.close()
+
+    def call(self, request: Mapping[str, Any], at: str | None, timeout_s: float) -> dict[str, Any]:
+        """As Caller.call, in whichever thread."""
+        with self.lend() as caller:
+            return caller.call(request, at, timeout_s)
+
+    def volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
+        """As Caller.volley, in whichever thread."""
+        with self.lend() as caller:
+            return caller.volley(requests, timeout_s)
+
+    def watch(self, request: dict[str, Any], from_rev: int | None, timeout_s: float) -> Watch:
+        """A watch that stands. Raises a DdbError where none does within `timeout_s`."""
+        if self.known.learn_due:
+            self.learn()
+        watch = Watch(self.known, request, from_rev, timeout_s, self.learn, self.leave)
+        self.enter(watch)
+        return watch.start()
+
+    def learn(self) -> None:
+        """Ask anybody where the nodes are."""
+        self.known.learn_due = self.known.discover
+        try:
+            self.call({"op": "ping"}, None, calls.ASIDE_S)
+        except DdbError as error:
+            _log.debug("nobody tells where the nodes are: %s", error)
+
+    def enter(self, guest: Guest) -> None:
+        """Close `guest` with the client. Raises BadRequest where that is closed."""
+        with self._lock:
+            if not self.closed:
+                self._guests.add(guest)
+                return
+        guest.close()
+        raise BadRequest("This client is closed; connect again.")
+
+    def leave(self, guest: Guest) -> None:
+        """Forget a guest that ended by itself."""
+        with self._lock:
+            self._guests.discard(guest)
+
+    def close(self) -> None:
+        """End every guest and close every connection. May be called twice. A call that another thread has under way
+        ends as it would have."""
+        with self._lock:
+            self.closed = True
+            guests, self._guests = self._guests, set()
+            idle, self.idle = self.idle, []
+        for guest in guests:
+            guest.close()
+        for caller in idle:
+            caller.close()
+
+    def _turned(self, state: State) -> None:
+        """Tell all who want to know. What they do wrong does no harm to the call that noticed."""
+        for listener in list(self.listeners):
+            try:
+                listener(state)
+            except Exception:
+                _log.exception("a callback of on_state failed")

@@ -2,7 +2,8 @@
 
 Laws:
 
-1. A write is never sent twice unless the first attempt *surely* did nothing.
+1. A write is never sent twice unless the first attempt *surely* did nothing, or it carries the number that a session gave it
+   (`client`, `seq`): the cluster does such a one once, and answers it again.
 2. A read is harmless, so it is repeated until its time is up.
 3. Every call ends by its deadline, provided that each of its steps does.
 4. The same replies at the same times, and the same seed, make the same steps.
@@ -16,6 +17,8 @@ jitter, so that clients cut off together don't come back together).
 What makes law 1 possible is knowing how far a request got. If its last byte never left the client, the frame was not
 whole and no server could act on it: nothing happened. If it did, and no reply came, nobody here can know. A server that
 did reply is believed: its error says whether the write was refused before anything came of it (`DdbError.definite`).
+A numbered write needs no such care while there is time. When there is none left, it does: if any attempt may have
+been the one that was done, then that is what is told, whatever the later ones were answered.
 
 Nothing here touches a socket, a clock or a source of chance. A call is a generator: it yields what it wants done in the
 world (an `Effect`), and is sent what came of it. So the same decisions are driven by blocking sockets (caller.py), by
@@ -45,19 +48,44 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeVar
 
 from ddb import wire
-from ddb.errors import BY_CODE, BadRequest, DdbError, Internal, OutcomeUnknown, Timeout, Unreachable
+from ddb.errors import (
+    BY_CODE,
+    BadRequest,
+    DdbError,
+    Internal,
+    OutcomeUnknown,
+    SessionExpired,
+    SessionLost,
+    Timeout,
+    TooLarge,
+    Unreachable,
+)
+
+T = TypeVar("T")
 
 CONNECT_TIMEOUT_S: Final = 1.0
 READ_ATTEMPT_S: Final = 1.0
 ASIDE_S: Final = 1.0
+VOLLEY_EACH_S: Final = 0.002
 BACKOFF_FIRST_S: Final = 0.01
 BACKOFF_MAX_S: Final = 0.5
 
-REPEATABLE: Final = frozenset({"ping", "status", "members", "log", "snapshot", "get", "scan", "count", "nodes"})
-"""Operations that change nothing (or that may be done twice), so that an unanswered one is simply asked again."""
+REPEATABLE: Final = frozenset(
+    {"ping", "status", "members", "log", "snapshot", "get", "scan", "count", "history", "nodes", "session_open",
+     "session_close", "lease_grant", "lease_keepalive", "lease_revoke", "lease_list"}
+)  # fmt: skip
+"""Operations that change nothing, or that may be done twice, so that an unanswered one is simply asked again. A lease or
+a session that nobody was told of runs out by itself."""
+
+NUMBERED: Final = frozenset({"put", "delete", "incr", "txn", "batch"})
+"""Operations that are done once where they carry a session's number."""
+
+State = Literal["connected", "suspended", "lost"]
+"""How a client stands to its cluster: its last request was served; it looks for a server that serves (as it does before
+its first request); or it gave a call up because none did."""
 
 LOCAL: Final = frozenset({"ping", "status", "log", "snapshot", "nodes"})
 """Operations about the node that is asked: these don't follow the leader."""
@@ -92,9 +120,26 @@ class Keep:
     addresses: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Volley:
+    """Send all `payloads` to the server at `address`, each as one frame, one behind the other on one connection, and
+    answer with a list: for each the payload of its reply, or the `Failed` that says how far it got. What Exchange says
+    of time and of connections holds here, too."""
+
+    address: str
+    payloads: tuple[bytes, ...]
+    deadline_s: float
+
+
 Effect = Exchange | Sleep | Keep
 Steps = Generator[Effect, bytes | None, dict[str, Any]]
 """A call on its way. Its value is the reply; what it raises is a DdbError."""
+
+Outcome = dict[str, Any] | DdbError
+"""What came of one request among several: its reply, or the error."""
+
+Salvo = Generator[Effect | Volley, Any, list[Outcome]]
+"""Several requests on their way at once."""
 
 
 class Failed(Exception):
@@ -129,9 +174,18 @@ class Knowledge:
     leader: str | None = None  # where writes and linearizable reads go
     home: str | None = None  # where requests about "the node that is asked" go
     learn_due: bool = field(init=False)  # whether the next server that serves is asked who the others are
+    state: State = "suspended"
+    on_state: Callable[[State], object] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.learn_due = self.discover
+
+    def turn(self, state: State) -> None:
+        """Note how the client stands to its cluster, and tell where that has changed."""
+        if state != self.state:
+            self.state = state
+            if self.on_state is not None:
+                self.on_state(state)
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -163,6 +217,21 @@ def call(
     return _Call(knowledge, request, at, timeout_s, now, rng).run()
 
 
+def volley(
+    knowledge: Knowledge,
+    requests: Sequence[Mapping[str, Any]],
+    timeout_s: float,
+    now: Callable[[], float],
+    rng: random.Random,
+) -> Salvo:
+    """Begin several calls at once: `requests` travel one behind the other to one server, and take effect in this order.
+
+    Each is judged as a `call` is, by the same laws. One that surely did nothing is sent again if nothing behind it has
+    been done: otherwise it would come after what it was meant to come before. The value is what came of each.
+    """
+    return _Salvo(knowledge, requests, timeout_s, now, rng).run()
+
+
 class _Call:
     """One call on its way: which servers it asked, and what each said."""
 
@@ -183,9 +252,11 @@ class _Call:
         self.began_s = now()
         self.deadline_s = self.began_s + timeout_s
         op = str(self.request.get("op"))
+        self.numbered = op in NUMBERED and "client" in self.request and "seq" in self.request
         self.repeatable = op in REPEATABLE
         self.local = op in LOCAL or self.request.get("read") == "stale"
         self.failures: dict[str, DdbError] = {}
+        self.doubt: DdbError | None = None  # what first left it open whether a numbered write was done
         self.tried: set[str] = set()
         self.pause_s = BACKOFF_FIRST_S
         self.attempt_s = READ_ATTEMPT_S
@@ -203,11 +274,12 @@ class _Call:
             try:
                 reply = yield from self._attempt(address)
             except DdbError as error:
-                if not error.retry:
+                if not self._goes_on(error):
                     raise
                 self._note(address, error)
                 continue
             if self.at is None:
+                self.knowledge.turn("connected")
                 self._follow(address, reply)
                 if self.knowledge.learn_due:
                     yield from self._learn(address)
@@ -233,7 +305,10 @@ class _Call:
         end_s = self.deadline_s
         if all(isinstance(e, Unreachable) for e in self.failures.values()):
             end_s = min(end_s, self.began_s + (0 if self.at is not None else self.knowledge.unreachable_s))
-        if self.now() + pause_s >= end_s:
+        gives_up = self.now() + pause_s >= end_s
+        if self.at is None:
+            self.knowledge.turn("lost" if gives_up else "suspended")
+        if gives_up:
             raise self._verdict()
         yield Sleep(pause_s)
         self.pause_s = min(2 * self.pause_s, BACKOFF_MAX_S)
@@ -243,7 +318,9 @@ class _Call:
         yield from self._ask_registry()
 
     def _verdict(self) -> DdbError:
-        """The one error that says most: what a server answered goes before what none did."""
+        """The one error that says most: what left an outcome open goes first, then what a server answered."""
+        if self.doubt is not None:
+            return self.doubt
         for error in self.failures.values():
             if not isinstance(error, Unreachable):
                 return error
@@ -253,6 +330,19 @@ class _Call:
         if self.at is None and not self.knowledge.servers:
             return Unreachable(f"The registry at {self.knowledge.registry} names no node; is it running, and are they?")
         return Unreachable("Time ran out before any server was asked; allow more of it.")
+
+    def _goes_on(self, error: DdbError) -> bool:
+        """Whether to ask elsewhere, or again, after this `error` (law 1). Raises SessionLost."""
+        if not self.numbered or (self.doubt is None and error.definite):
+            if isinstance(error, OutcomeUnknown) and self.at is None:
+                self.knowledge.turn("suspended")
+            return error.retry
+        if not error.definite:
+            self.doubt = self.doubt or error
+            return True
+        if isinstance(error, SessionExpired):
+            raise SessionLost(f"{error.message} An earlier attempt at this write may have been done before that.")
+        return not isinstance(error, BadRequest | TooLarge)  # what the write was answered at first, or would have been
 
     def _note(self, address: str, error: DdbError) -> None:
         """Remember a failure that another server may not have."""
@@ -281,13 +371,27 @@ class _Call:
     def _attempt(self, address: str) -> Steps:
         """Ask the server at `address` once. Raises a DdbError whose `retry` tells whether to go on elsewhere."""
         now_s = self.now()
-        until_s = min(self.deadline_s, now_s + self.attempt_s) if self.repeatable else self.deadline_s
+        again = self.repeatable or self.numbered
+        until_s = min(self.deadline_s, now_s + self.attempt_s) if again else self.deadline_s
         # The server is given less time than the client takes, so that its verdict ("nothing happened") still arrives.
         self.request["timeout"] = max(round(0.9 * (until_s - now_s), 3), 0.001)
         try:
             reply = yield from _ask(address, self.request, until_s)
         except Failed as failure:
             raise self._unanswered(address, failure) from None
+        return self._served(address, reply)
+
+    def _judged(self, address: str, answer: bytes | Failed) -> dict[str, Any]:
+        """The reply in an `answer` that came with others. Raises a DdbError."""
+        try:
+            if isinstance(answer, Failed):
+                raise answer
+            return self._served(address, _decoded(answer))
+        except Failed as failure:
+            raise self._unanswered(address, failure) from None
+
+    def _served(self, address: str, reply: Any) -> dict[str, Any]:
+        """The `reply`, if it is one that serves. Raises a DdbError."""
         if isinstance(reply, dict) and reply.get("ok") is True:
             return reply
         raise self._refused(address, reply)
@@ -350,10 +454,102 @@ class _Call:
         return reply if isinstance(reply, dict) else {}
 
 
+class _Salvo:
+    """Several calls on their way together: one leads, each is judged for itself."""
+
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        requests: Sequence[Mapping[str, Any]],
+        timeout_s: float,
+        now: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self.lead = _Call(knowledge, {"op": "pipeline"}, None, timeout_s, now, rng)
+        self.calls = [_Call(knowledge, request, None, timeout_s, now, rng) for request in requests]
+        self.outcomes: list[Outcome | None] = [None] * len(self.calls)
+        self.errors: dict[int, DdbError] = {}  # by position: the last of those that are to be tried again
+        self.left = list(range(len(self.calls)))
+
+    def run(self) -> Salvo:
+        """Send what is left to one server after another, until nothing is left or time is up."""
+        lead = self.lead
+        if not lead.knowledge.servers:
+            yield from lead._ask_registry()
+        while self.left:
+            address = lead._next()
+            if address is None:
+                try:
+                    yield from lead._rest()
+                except DdbError as error:
+                    for position in self.left:
+                        doubt = self.calls[position].doubt
+                        self.outcomes[position] = doubt or self.errors.get(position) or error
+                    break
+                continue
+            lead.tried.add(address)
+            answers = yield self._volley(address)
+            self._settle(address, answers)
+            if self.left:
+                lead._note(address, self.errors[self.left[0]])
+            elif lead.knowledge.learn_due:
+                yield from lead._learn(address)
+        return [outcome for outcome in self.outcomes if outcome is not None]
+
+    def _volley(self, address: str) -> Volley:
+        now_s = self.lead.now()
+        calls = [self.calls[position] for position in self.left]
+        again = all(call.repeatable or call.numbered for call in calls)
+        patience_s = self.lead.attempt_s + VOLLEY_EACH_S * len(calls)
+        until_s = min(self.lead.deadline_s, now_s + patience_s) if again else self.lead.deadline_s
+        for call in calls:
+            call.request["timeout"] = max(round(0.9 * (until_s - now_s), 3), 0.001)
+        return Volley(address, tuple(wire.encode(call.request) for call in calls), until_s)
+
+    def _settle(self, address: str, answers: list[bytes | Failed]) -> None:
+        """Note what came of each, and leave only those that may be sent again."""
+        again = []
+        for position, answer in zip(self.left, answers, strict=True):
+            call = self.calls[position]
+            try:
+                reply = call._judged(address, answer)
+                self.lead.knowledge.turn("connected")
+                self.lead._follow(address, reply)
+            except DdbError as error:
+                if self._goes_on(position, error):
+                    again.append(position)
+                elif error.definite:
+                    continue
+            else:
+                self.outcomes[position] = reply
+            if position not in again:  # it took effect, or may have: nothing before it may come after it
+                overtaken = [early for early in again if self.calls[early].doubt is None]
+                for early in overtaken:
+                    self.outcomes[early] = self.errors[early]
+                    again.remove(early)
+        self.left = again
+
+    def _goes_on(self, position: int, error: DdbError) -> bool:
+        try:
+            goes_on = self.calls[position]._goes_on(error)
+        except DdbError as worse:
+            goes_on, error = False, worse
+        if goes_on:
+            self.errors[position] = error
+        else:
+            self.outcomes[position] = error
+        return goes_on
+
+
 def _ask(address: str, request: Mapping[str, Any], until_s: float) -> Generator[Effect, bytes | None, Any]:
     """The JSON value that the server at `address` replies to `request`. Raises Failed, also where it is none."""
     payload = yield Exchange(address, wire.encode(request), until_s)
     assert payload is not None, "a driver answers an exchange with bytes, or throws"
+    return _decoded(payload)
+
+
+def _decoded(payload: bytes) -> Any:
+    """The JSON value in a reply. Raises Failed where it is none."""
     try:
         return wire.decode_trusted(payload)
     except BadRequest as error:

@@ -10,116 +10,60 @@ Laws:
 
 1. A write is never sent twice unless the first attempt *surely* did nothing. An error says which of the two it was:
    `error.definite` is True where nothing happened and never will, False (`Timeout`, `OutcomeUnknown`) where it may have.
+   Within `with db.session():` a write is done exactly once: it is sent again over any failure until its time is up.
 2. A read is harmless, so it is repeated until its time is up.
 3. Every call ends within its `timeout_s`, and Ctrl-C ends it at once, leaving the client usable.
-4. There is no thread. `close` closes every socket; what a client was told is all that it keeps.
+4. There is no thread, but for one to each lease that is kept alive, which ends with it. `close` ends these and closes
+   every socket.
 
-How a request finds its server is decided in ddb/calls.py and done in ddb/caller.py; here are only the operations and
-their types. A client may be shared by threads: one lock makes their calls follow one another. Threads that want to
-overlap their calls take a client each.
+What an operation says is in questions.py, how it finds its server is decided in calls.py, both without I/O and shared
+with the asyncio client (aio.py); blocking sockets carry it in caller.py. A client may be shared by threads: each call
+under way has connections of its own, and those that are idle are used again.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, TypeVar
 
-from ddb import wire
-from ddb.caller import Caller
-from ddb.commands import prefix_end
+from ddb import plans, questions, wire
+from ddb.attempts import Attempt, Attempts
+from ddb.caller import Callers
+from ddb.calls import State
 from ddb.errors import BadRequest
+from ddb.keeping import stamped
+from ddb.leases import Lease, Session, now
+from ddb.operations import Operations
+from ddb.pipelines import Pipeline
+from ddb.plans import Ask, Await, Plan, Rest, Wish
+from ddb.questions import Condition, Conditions, Consistency, Question, next_page
+from ddb.recipes import Barrier, Counter, DoubleBarrier, Election, Lock, Queue, Semaphore
+from ddb.results import (
+    Change,
+    DeleteResult,
+    Event,
+    HistoryPage,
+    IncrResult,
+    Item,
+    LeaseInfo,
+    MemberInfo,
+    PutResult,
+    ScanResult,
+    TxnResult,
+)
+from ddb.watching import Watch
 
-Condition = Mapping[str, Any]
-"""One condition of `if_`: `{"rev": 12}`, `{"key": "a", "exists": False}`, `{"key": "n", "op": "<", "value": 5}`."""
+__all__ = [
+    "TIMEOUT_S", "Change", "Client", "Condition", "Conditions", "Consistency", "DeleteResult", "Event", "HistoryPage",
+    "IncrResult", "Item", "LeaseInfo", "MemberInfo", "PutResult", "ScanResult", "State", "TxnResult", "connect",
+    "next_page",
+]  # fmt: skip
 
-Consistency = Literal["linearizable", "stale"]
-"""How fresh a read is: `linearizable` sees every write acknowledged before it was asked, `stale` is one node's own
-state without a round trip among the nodes."""
+T = TypeVar("T")
 
 TIMEOUT_S: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A key with its value: `rev` is the revision of its last change, `created` of its creation, `version` counts
-    its changes from 1."""
-
-    key: str
-    value: Any
-    rev: int
-    created: int
-    version: int
-
-
-@dataclass(frozen=True, slots=True)
-class PutResult:
-    """What became of a put. Where `applied` is False its condition did not hold, nothing changed, and `found`, `value`
-    and `rev` show the key as it is."""
-
-    rev: int
-    applied: bool = True
-    version: int | None = None
-    found: bool | None = None
-    value: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteResult:
-    """What became of a delete: `deleted` is 0 where there was nothing. `applied` and the rest as in PutResult."""
-
-    deleted: int
-    rev: int
-    applied: bool = True
-    found: bool | None = None
-    value: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class IncrResult:
-    """The counter's new `value`, and the revision that made it."""
-
-    value: int
-    rev: int
-
-
-@dataclass(frozen=True, slots=True)
-class ScanResult:
-    """One page of a scan, as the state was at `rev`. `more` tells that the range goes on behind the last item."""
-
-    items: tuple[Item, ...]
-    more: bool
-    rev: int
-
-    def __iter__(self) -> Iterator[Item]:
-        return iter(self.items)
-
-
-@dataclass(frozen=True, slots=True)
-class TxnResult:
-    """Whether the conditions held (`succeeded`), and the replies of the operations that ran, in order."""
-
-    succeeded: bool
-    results: tuple[dict[str, Any], ...]
-    rev: int
-
-
-@dataclass(frozen=True, slots=True)
-class MemberInfo:
-    """A member of the cluster. The last three are known where the leader was asked: whether it answers, up to which
-    index its log agrees with the leader's, and seconds since it was last heard."""
-
-    name: str
-    id: str
-    address: str
-    role: str
-    alive: bool | None = None
-    match: int | None = None
-    last_heard_s: float | None = None
 
 
 def connect(
@@ -137,23 +81,34 @@ def connect(
     `timeout_s` is how long a call may take that does not say itself, `unreachable_s` how long it goes on where no
     server can be reached at all (as long when not given). Nothing is sent before the first call. Raises
     BadRequest where an address is no address, or none is given.
+
+    >>> with connect(servers) as other:
+    ...     other.put("city", "Oslo").applied
+    True
     """
+    addresses, registry = addresses_of(servers, registry)
+    patience_s = timeout_s if unreachable_s is None else unreachable_s
+    return Client(addresses, registry=registry, timeout_s=timeout_s, discover=discover, unreachable_s=patience_s)
+
+
+def addresses_of(servers: str | Sequence[str] | None, registry: str | None) -> tuple[list[str], str | None]:
+    """The arguments of `connect` in their one form. Raises BadRequest where they name nobody."""
     listed = servers.split(",") if isinstance(servers, str) else list(servers or ())
     addresses = [wire.format_address(*wire.parse_address(text)) for text in listed if text.strip()]
     if registry is not None:
         registry = wire.format_address(*wire.parse_address(registry))
     if not addresses and registry is None:
         raise BadRequest("No server is named; give HOST:PORT of a node, or registry=HOST:PORT.")
-    patience_s = timeout_s if unreachable_s is None else unreachable_s
-    return Client(addresses, registry=registry, timeout_s=timeout_s, discover=discover, unreachable_s=patience_s)
+    return addresses, registry
 
 
-class Client:
+class Client(Operations):
     """A connection to a cluster, made by `connect`. Use it in a `with` statement, or `close` it.
 
     Every method takes `timeout_s`, the seconds that the whole call may take, and raises a `DdbError`: `NoLeader`,
     `Unreachable` and the like when time ran out and nothing happened; `Timeout` or `OutcomeUnknown` when a write may
-    have happened; `BadRequest`, `TooLarge`, … as docs/protocol.md says.
+    have happened; `BadRequest`, `TooLarge`, … as docs/protocol.md says. It is a mapping, too: `db["a"] = 1`,
+    `"a" in db`, `del db["a"]`, `for key in db`, `len(db)`.
     """
 
     def __init__(
@@ -166,175 +121,197 @@ class Client:
         unreachable_s: float = TIMEOUT_S,
     ) -> None:
         self.timeout_s = timeout_s
-        self._caller = Caller(servers, registry, discover, unreachable_s)
-        self._lock = threading.Lock()
-        self._closed = False
+        self._callers = Callers(servers, registry, discover, unreachable_s)
 
-    # ------------------------------------------------------------- data
+    # --------------------------------------------------------- changes
 
-    def put(
+    def watch(
         self,
-        key: str,
-        value: Any,
+        key: str | None = None,
         *,
-        if_: Condition | Sequence[Condition] | None = None,
-        timeout_s: float | None = None,
-    ) -> PutResult:
-        """Set `key` (a non-empty string of at most 4 KiB) to `value` (any JSON value, or bytes), where all
-        conditions of `if_` hold."""
-        request = {"op": "put", "key": key, "value": _to_wire(value), **_conditions(if_)}
-        reply = self.call(request, timeout_s=timeout_s)
-        current = (reply.get("found"), _from_wire(reply.get("value")))
-        return PutResult(reply["rev"], reply.get("applied", True), reply.get("version"), *current)
-
-    def get(
-        self,
-        key: str,
-        *,
-        read: Consistency = "linearizable",
-        max_lag_s: float | None = None,
-        timeout_s: float | None = None,
-    ) -> Item | None:
-        """The item under `key`, or None. A stale read fails where its node last heard from the leader longer than
-        `max_lag_s` ago."""
-        reply = self.call({"op": "get", "key": key, **_reading(read, max_lag_s)}, timeout_s=timeout_s)
-        return _item(reply) if reply["found"] else None
-
-    def delete(
-        self, key: str, *, if_: Condition | Sequence[Condition] | None = None, timeout_s: float | None = None
-    ) -> DeleteResult:
-        """Remove `key`, where all conditions of `if_` hold."""
-        reply = self.call({"op": "delete", "key": key, **_conditions(if_)}, timeout_s=timeout_s)
-        current = (reply.get("found"), _from_wire(reply.get("value")))
-        return DeleteResult(reply.get("deleted", 0), reply["rev"], reply.get("applied", True), *current)
-
-    def scan(
-        self,
         prefix: str | None = None,
-        *,
-        start: str | None = None,
-        end: str | None = None,
-        limit: int | None = None,
-        reverse: bool = False,
-        keys_only: bool = False,
-        read: Consistency = "linearizable",
-        max_lag_s: float | None = None,
+        from_rev: int | None = None,
         timeout_s: float | None = None,
-    ) -> ScanResult:
-        """One page of the items whose keys begin with `prefix`, or lie from `start` up to but not including `end`, in
-        the order of the keys' UTF-8 bytes; at most `limit` of them. All keys where no range is given."""
-        request = {"op": "scan", **_range(prefix, start, end), **_reading(read, max_lag_s)}
-        request.update({"limit": limit} if limit is not None else {})
-        request.update({"reverse": True} if reverse else {})
-        request.update({"keys_only": True} if keys_only else {})
-        reply = self.call(request, timeout_s=timeout_s)
-        return ScanResult(tuple(map(_item, reply["items"])), reply["more"], reply["rev"])
+    ) -> Watch:
+        """The changes of `key`, of all keys that begin with `prefix`, or of all, from now on or from revision `from_rev`
+        on: an iterator of Event that outlives any node. It stands when this returns, within `timeout_s`; from
+        then on it looks for another node as long as it must. Close it, or use it in a `with` statement. Raises
+        Compacted where no node keeps `from_rev` any more.
 
-    def scan_all(
-        self, prefix: str | None = None, *, start: str | None = None, end: str | None = None
-    ) -> Iterator[Item]:
-        """Every item of a range, page by page. Each page is consistent in itself; between pages time goes on."""
-        request: dict[str, Any] = {"op": "scan", **_range(prefix, start, end)}
-        while True:
-            page = self.call(request)
-            yield from map(_item, page["items"])
-            if not page["more"] or not page["items"]:
-                return
-            request = next_page(request, page["items"][-1]["key"])
+        >>> with db.watch(prefix="city/") as watch:
+        ...     _ = db.put("city/no", "Oslo"), db.delete("city/no")
+        ...     [(event.kind, event.key) for event in (next(watch), next(watch))]
+        [('put', 'city/no'), ('delete', 'city/no')]
+        """
+        patience_s = self.timeout_s if timeout_s is None else timeout_s
+        return self._callers.watch(questions.watch(key, prefix), from_rev, patience_s)
 
-    def count(
+    # ------------------------------------------------- several at a time
+
+    def pipeline(self, *, timeout_s: float | None = None) -> Pipeline:
+        """Gathers calls, and sends them all at once when its block ends: for the price of one round trip, and in their
+        order. It is no transaction: each stands for itself.
+
+        >>> with db.pipeline() as pipe:
+        ...     for n in range(100):
+        ...         _ = pipe.put(f"n/{n}", n)
+        ...     last = pipe.get("n/99")
+        >>> last.result.value
+        99
+        """
+        return Pipeline(self._callers.volley, self.timeout_s if timeout_s is None else timeout_s, self._stamped)
+
+    def transaction(self, *, timeout_s: float | None = None) -> Attempts:
+        """Read, think, write; and it is as if nobody else had been there. What the block writes is kept back until it
+        ends, and is then done only if nothing that it read has changed; otherwise the block is run again, after
+        a pause that grows and is drawn by chance. So it is a loop. Raises Conflict where `timeout_s` is over.
+
+        >>> db.update({"mine": 10, "yours": 0})
+        >>> for attempt in db.transaction():
+        ...     with attempt as tx:
+        ...         tx["mine"], tx["yours"] = tx["mine"] - 3, tx["yours"] + 3
+        >>> dict(db.items())
+        {'mine': 7, 'yours': 3}
+        """
+        return Attempts(self.ask, self.timeout_s if timeout_s is None else timeout_s)
+
+    def transact(self, function: Callable[[Attempt], T], *, timeout_s: float | None = None) -> T:
+        """The same with a `function`, which is given the transaction and called again where it must be. Returns
+        what the function did.
+
+        >>> def draw(tx):
+        ...     tx["left"] = tx.get("left", 3) - 1
+        ...     return tx["left"]
+        >>> db.transact(draw), db.transact(draw)
+        (2, 1)
+        """
+        for attempt in self.transaction(timeout_s=timeout_s):
+            with attempt as tx:
+                done = function(tx)
+        return done
+
+    def session(self, *, timeout_s: float | None = None) -> Session:
+        """For the writes of a `with` block, of this thread: each is done exactly once, however often it must be sent,
+        to whichever node and leader. Raises SessionExpired, in the write, where the cluster has forgotten the session
+        (unused for an hour).
+
+        >>> with db.session():
+        ...     db.incr("visits").value
+        1
+        """
+        return Session(self, timeout_s)
+
+    def lease(
+        self, ttl_s: float, *, on_lost: Callable[[], object] | None = None, timeout_s: float | None = None
+    ) -> Lease:
+        """A new lease: keys put with it vanish when nothing has kept it alive for `ttl_s` seconds. A `with` block
+        keeps it alive, from a thread of its own, and revokes it in the end; `on_lost` is called (in that thread)
+        where it could not for so long that the lease may be gone.
+
+        >>> with db.lease(10) as lease:
+        ...     _ = db.put("here", "I am", lease=lease)
+        ...     "here" in db
+        True
+        >>> "here" in db
+        False
+        """
+        asked_s = now()
+        return Lease(self._callers, self.ask(questions.lease_grant(ttl_s), timeout_s), ttl_s, asked_s, on_lost)
+
+    # ----------------------------------------------------------- recipes
+
+    def lock(
         self,
-        prefix: str | None = None,
+        name: str,
+        ttl_s: float = 10.0,
         *,
-        start: str | None = None,
-        end: str | None = None,
-        read: Consistency = "linearizable",
-        max_lag_s: float | None = None,
-        timeout_s: float | None = None,
-    ) -> int:
-        """How many keys the range holds; the range as in `scan`."""
-        request = {"op": "count", **_range(prefix, start, end), **_reading(read, max_lag_s)}
-        count: int = self.call(request, timeout_s=timeout_s)["count"]
-        return count
+        wait_s: float | None = None,
+        value: Any = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> Lock:
+        """A lock that one at a time holds, in the order of asking. Its `with` block waits for it (`wait_s` at
+        most, then raises NotInTime) and keeps it alive; where its holder dies it is free within `ttl_s`. `value`
+        is for others to see. docs/recipes.md tells what a lock over a network can't promise, and what `token` is for.
 
-    def incr(self, key: str, by: int = 1, *, timeout_s: float | None = None) -> IncrResult:
-        """Add `by` to the integer under `key` (0 where there is none). Raises BadRequest where it is no integer."""
-        reply = self.call({"op": "incr", "key": key, "by": by}, timeout_s=timeout_s)
-        return IncrResult(reply["value"], reply["rev"])
+        >>> with db.lock("printer") as lock:
+        ...     db.put("page", 1, if_=lock.guard).applied
+        True
+        """
+        return Lock(self, name, ttl_s, wait_s=wait_s, value=value, on_lost=on_lost)
 
-    def batch(self, ops: Sequence[Mapping[str, Any]], *, timeout_s: float | None = None) -> int:
-        """Do `ops`, puts and deletes like `{"op": "put", "key": "a", "value": 1}`, all or none, in one log entry.
-        Returns its revision."""
-        rev: int = self.call({"op": "batch", "ops": _to_wire(list(ops))}, timeout_s=timeout_s)["rev"]
-        return rev
-
-    def txn(
+    def semaphore(
         self,
-        if_: Condition | Sequence[Condition] = (),
-        then: Sequence[Mapping[str, Any]] = (),
-        else_: Sequence[Mapping[str, Any]] = (),
+        name: str,
+        limit: int,
+        ttl_s: float = 10.0,
         *,
-        timeout_s: float | None = None,
-    ) -> TxnResult:
-        """Where all conditions of `if_` hold do the operations `then`, otherwise `else_`; all or none of them."""
-        conditions = [if_] if isinstance(if_, Mapping) else list(if_)
-        request = {"op": "txn", "if": conditions, "then": list(then), "else": list(else_)}
-        reply = self.call(_to_wire(request), timeout_s=timeout_s)
-        return TxnResult(reply["succeeded"], tuple(_from_wire(reply["results"])), reply["rev"])
+        wait_s: float | None = None,
+        value: Any = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> Semaphore:
+        """A lock that `limit` at a time hold. All who use it must give the same limit.
 
-    # ---------------------------------------------------------- cluster
+        >>> with db.semaphore("licences", 2), db.semaphore("licences", 2):
+        ...     db.semaphore("licences", 2).acquire(wait_s=0)
+        False
+        """
+        return Semaphore(self, name, limit, ttl_s, wait_s=wait_s, value=value, on_lost=on_lost)
 
-    def ping(self, *, at: str | None = None, timeout_s: float | None = None) -> dict[str, Any]:
-        """`node` and `time` of the server asked: the one at address `at`, or any."""
-        return self.call({"op": "ping"}, at=at, timeout_s=timeout_s)
-
-    def status(self, *, at: str | None = None, timeout_s: float | None = None) -> dict[str, Any]:
-        """What the server at address `at` (or any) says of itself: docs/protocol.md lists the fields."""
-        return self.call({"op": "status"}, at=at, timeout_s=timeout_s)
-
-    def members(self, *, timeout_s: float | None = None) -> tuple[MemberInfo, ...]:
-        """The members of the cluster, as the leader sees them where there is one."""
-        reply = self.call({"op": "members"}, timeout_s=timeout_s)
-        return tuple(
-            MemberInfo(m["name"], m["id"], m["address"], m["role"], m.get("alive"), m.get("match"), m.get("last_heard"))
-            for m in reply["members"]
-        )
-
-    def member_remove(self, name: str, *, timeout_s: float | None = None) -> int:
-        """Remove the member called `name` (or with this id) for good. Returns the revision of the configuration."""
-        rev: int = self.call({"op": "member_remove", "name": name}, timeout_s=timeout_s)["rev"]
-        return rev
-
-    def member_promote(self, name: str, *, timeout_s: float | None = None) -> int:
-        """Make the learner called `name` a voter. Returns the revision of the configuration."""
-        rev: int = self.call({"op": "member_promote", "name": name}, timeout_s=timeout_s)["rev"]
-        return rev
-
-    def transfer(self, to: str | None = None, *, timeout_s: float | None = None) -> str:
-        """Hand leadership to the voter called `to`, or to the most up-to-date one. Returns the new leader's name."""
-        reply = self.call({"op": "transfer", **({"to": to} if to is not None else {})}, timeout_s=timeout_s)
-        name: str = reply["name"]
-        return name
-
-    def snapshot(self, *, at: str | None = None, timeout_s: float | None = None) -> int:
-        """Have the server at address `at` (or any) write a checkpoint. Returns the revision that is on its disk."""
-        rev: int = self.call({"op": "snapshot"}, at=at, timeout_s=timeout_s)["rev"]
-        return rev
-
-    def log(
+    def election(
         self,
-        from_: int | None = None,
-        limit: int | None = None,
+        name: str,
+        ttl_s: float = 10.0,
         *,
-        at: str | None = None,
-        timeout_s: float | None = None,
-    ) -> list[dict[str, Any]]:
-        """Entries of the replicated log as the server at address `at` (or any) keeps it, from index `from_` on."""
-        request: dict[str, Any] = {"op": "log"}
-        request.update({"from": from_} if from_ is not None else {})
-        request.update({"limit": limit} if limit is not None else {})
-        entries: list[dict[str, Any]] = self.call(request, at=at, timeout_s=timeout_s)["entries"]
-        return entries
+        value: Any = None,
+        wait_s: float | None = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> Election:
+        """An election among those who `campaign`: one at a time leads, and everybody may `observe`.
+
+        >>> with db.election("mayor", value="Ada") as election:
+        ...     election.leader().value
+        'Ada'
+        """
+        return Election(self, name, ttl_s, value=value, wait_s=wait_s, on_lost=on_lost)
+
+    def barrier(self, name: str, ttl_s: float | None = None) -> Barrier:
+        """A barrier: while somebody holds it, the others wait. With `ttl_s` it falls when its holder dies.
+
+        >>> with db.barrier("release"):
+        ...     db.barrier("release").wait(wait_s=0)
+        False
+        >>> db.barrier("release").wait()
+        True
+        """
+        return Barrier(self, name, ttl_s)
+
+    def double_barrier(self, name: str, count: int, ttl_s: float = 10.0) -> DoubleBarrier:
+        """A barrier that `count` participants pass together, on the way in and on the way out.
+
+        >>> with db.double_barrier("round", 1):
+        ...     "all are here"
+        'all are here'
+        """
+        return DoubleBarrier(self, name, count, ttl_s)
+
+    def queue(self, name: str) -> Queue:
+        """A queue: what anybody puts, one other gets, and nobody else does.
+
+        >>> with db.queue("letters") as queue:
+        ...     queue.put("to Ada")
+        ...     queue.get(wait_s=1)
+        'to Ada'
+        """
+        return Queue(self, name)
+
+    def counter(self, name: str) -> Counter:
+        """A number to which any may add, each addition counted exactly once.
+
+        >>> with db.counter("visits") as counter:
+        ...     counter.incr(), counter.incr(5)
+        (1, 6)
+        """
+        return Counter(self, name)
 
     # ------------------------------------------------- the way of a call
 
@@ -345,22 +322,87 @@ class Client:
 
         Goes to the leader where that is known, or to the address `at` and nowhere else. An unknown operation
         is treated with the care due to a write. Raises a DdbError for every reply that is not ok.
+
+        >>> db.call({"op": "put", "key": "city", "value": "Oslo"})["version"]
+        1
         """
-        with self._lock:
-            if self._closed:
-                raise BadRequest("This client is closed; connect again.")
-            return self._caller.call(request, at, self.timeout_s if timeout_s is None else timeout_s)
+        return self.ask(Question(dict(request), dict, at), timeout_s)
+
+    def ask(self, question: Question[T], timeout_s: float | None = None) -> T:
+        """As Operations says, numbered where it is a write in a session's block."""
+        request = self._stamped(question.request)
+        patience_s = self.timeout_s if timeout_s is None else timeout_s
+        return question.read(self._callers.call(request, question.at, patience_s))
+
+    def run(self, plan: Plan[T]) -> T:
+        """Carry out a `plan` (plans.py): what a recipe decides, step by step.
+
+        >>> from ddb import plans, questions
+        >>> db.run(plans.ask(questions.count()))
+        0
+        """
+        return plans.drive(plan, self._perform)
+
+    def _stamped(self, request: dict[str, Any]) -> dict[str, Any]:
+        return stamped(self, request)
+
+    def _perform(self, wish: Wish) -> Any:
+        match wish:
+            case Ask(question):
+                return question.read(self._callers.call(question.request, question.at, self.timeout_s))
+            case Await():
+                return self._follow(wish)
+            case Rest(seconds):
+                time.sleep(seconds)
+        return None
+
+    def _follow(self, wish: Await) -> Event | None:
+        """The event that a plan waits for, or None where time is over."""
+        with self.watch(wish.key, prefix=wish.prefix, from_rev=wish.from_rev) as watch:
+            while True:
+                until_s = wish.until_s()
+                event = next(watch, None) if until_s is None else watch.wait(until_s - now())
+                if event is not None and wish.wanted(event):
+                    return event
+                if event is None and self._callers.closed:
+                    raise BadRequest("This client is closed; connect again.")
+                if event is None and until_s is not None and now() >= (wish.until_s() or until_s):
+                    return None
+
+    # ------------------------------------------------------- its own state
+
+    @property
+    def state(self) -> State:
+        """How it stands to the cluster: "connected" (its last request was served), "suspended" (it looks for a node that
+        serves, as before its first request), "lost" (it gave a call up, because none did in time)."""
+        return self._callers.known.state
+
+    def on_state(self, callback: Callable[[State], object]) -> Callable[[], None]:
+        """Have `callback` called with the new state whenever that changes, in the thread whose call noticed. Returns a
+        function that ends this.
+
+        >>> with connect(servers) as other:
+        ...     forget = other.on_state(print)
+        ...     other.count()
+        connected
+        0
+        """
+        listeners = self._callers.listeners
+        listeners.append(callback)
+        return lambda: listeners.remove(callback) if callback in listeners else None
 
     @property
     def servers(self) -> tuple[str, ...]:
         """The addresses known now: those given, then those learnt."""
-        return self._caller.servers
+        return self._callers.known.servers
 
     def close(self) -> None:
-        """Close every connection. May be called twice."""
-        with self._lock:
-            self._closed = True
-            self._caller.close()
+        """End every watch and every thread of this client, and close every connection. May be called twice.
+
+        >>> other = connect(servers)
+        >>> other.close()
+        """
+        self._callers.close()
 
     def __enter__(self) -> Client:
         return self
@@ -371,62 +413,4 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Client of {','.join(self.servers)}{' closed' if self._closed else ''}>"
-
-
-# ------------------------------------------------------------------ values
-
-
-def _to_wire(value: Any) -> Any:
-    """`value` with every bytes in it as the object that stands for it on the wire."""
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return {"$b64": base64.b64encode(value).decode()}
-    if isinstance(value, Mapping):
-        return {name: _to_wire(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_wire(inner) for inner in value]
-    return value
-
-
-def _from_wire(value: Any) -> Any:
-    """The inverse of `_to_wire`. An object that only looks like bytes stays as it is."""
-    if isinstance(value, dict):
-        if len(value) == 1 and isinstance(value.get("$b64"), str):
-            try:
-                return base64.b64decode(value["$b64"], validate=True)
-            except (binascii.Error, ValueError):
-                return value
-        return {name: _from_wire(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_from_wire(inner) for inner in value]
-    return value
-
-
-def _item(reply: Mapping[str, Any]) -> Item:
-    """The item in a reply to get, or in the list of a scan (which has no value where only keys were asked for)."""
-    return Item(reply["key"], _from_wire(reply.get("value")), reply["rev"], reply["created"], reply["version"])
-
-
-def _conditions(if_: Condition | Sequence[Condition] | None) -> dict[str, Any]:
-    if if_ is None:
-        return {}
-    return {"if": _to_wire(if_ if isinstance(if_, Mapping) else list(if_))}
-
-
-def _reading(read: Consistency, max_lag_s: float | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {} if read == "linearizable" else {"read": read}
-    return fields if max_lag_s is None else {**fields, "max_lag": max_lag_s}
-
-
-def _range(prefix: str | None, start: str | None, end: str | None) -> dict[str, Any]:
-    fields = {"prefix": prefix, "start": start, "end": end}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def next_page(request: Mapping[str, Any], last_key: str) -> dict[str, Any]:
-    """The scan `request` for what lies behind `last_key`, the last one of its page."""
-    following = {name: value for name, value in request.items() if name != "prefix"}
-    if "prefix" in request:
-        following.update(_range(None, request["prefix"], prefix_end(request["prefix"])))
-    following.update({"end": last_key} if request.get("reverse") else {"start": last_key + "\0"})
-    return following
+        return f"<Client of {','.join(self.servers)}{' closed' if self._callers.closed else ''}>"

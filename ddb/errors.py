@@ -143,6 +143,31 @@ class OutcomeUnknown(Timeout):
     code = "outcome_unknown"
 
 
+class SessionLost(SessionExpired):
+    """The session was forgotten while a write of it was on its way: that write may have happened."""
+
+    definite = False
+
+
+class Conflict(DdbError):
+    """A transaction that others overtook again and again until its time was up. It did nothing."""
+
+    code = "conflict"
+
+
+class NotInTime(DdbError, TimeoutError):
+    """What was waited for did not come in time: a lock, an item of a queue, a barrier's fall."""
+
+    code = "not_in_time"
+    exit_code = 6
+
+
+class LockLost(DdbError):
+    """A lock, or what else hangs on a lease, may have gone to somebody else while its holder believed to have it."""
+
+    code = "lock_lost"
+
+
 class StartupError(DdbError):
     """A server can't start: a busy port, a data directory in use, settings that don't fit."""
 

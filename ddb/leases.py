@@ -1,116 +1,223 @@
-"""Leases: keys that go when their owner does.
+"""Leases and sessions, for programs that block.
 
-Laws:
-
-* A lease ends only by an entry of the log: revoked by a client, or expired by the leader. No clock is read here.
-* With a lease go all keys attached to it, in that one entry.
-* A key is attached to one lease or to none. A put says which; a delete detaches; an `incr` leaves it as it is.
-* Bounded: leases, and keys of a lease, for all of these go in one entry.
-
-Theory. Here stand only the facts that every node agrees about: which leases there are, for how long each was
-granted, and which keys hang on it. How much of that time is left is known to the leader alone (tenure.py).
-
-A lease's id is the revision of the entry that granted it, so no id is ever given twice.
+Laws: the thread that keeps a lease alive ends with its block, and with its client; it does not share a connection with
+anybody, so no long call of the program makes it late; a callback of the program's runs in that thread, and what it
+raises is logged.
 """
 
 from __future__ import annotations
 
-from typing import Final
+import logging
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
 
-from ddb.errors import BadRequest, Overloaded, TooLarge
-from ddb.ledger import Ledger
+from ddb import keeping, questions
+from ddb.caller import Caller, Callers
+from ddb.errors import BadRequest, DdbError
+from ddb.keeping import Keeping, Numbers
 
-LEASES_MAX: Final = 100_000
-KEYS_MAX: Final = 10_000  # attached to one lease
+if TYPE_CHECKING:
+    from ddb.client import Client
 
-_KIND: Final = "lease/"
-_KEY_KIND: Final = "leased/"
+_log = logging.getLogger("ddb.client")
+_CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
 
 
-class Leases:
-    """All leases, kept in `ledger`.
+def now() -> float:
+    """Seconds of a clock that also goes on while the machine sleeps, where there is one."""
+    return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
 
-    `ttl_ms` is each lease's time to live, by id; `of` the lease of each attached key. `granted` are the leases that
-    were granted since somebody last cleared it: whoever counts their time begins with these.
+
+class Lease:
+    """A time to live that keys can hang on. Made by `Client.lease`; `id` is what the cluster calls it."""
+
+    def __init__(
+        self, callers: Callers, lease: int, ttl_s: float, asked_s: float, on_lost: Callable[[], object] | None
+    ):
+        self.id = lease
+        self.ttl_s = ttl_s
+        self._callers = callers
+        self._on_lost = on_lost
+        self._keeping = Keeping(ttl_s, asked_s, now)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._caller: Caller | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether it may have ended: nothing has kept it alive for `ttl_s`, or the cluster says so, or it was revoked."""
+        return self._keeping.lost
+
+    @property
+    def until_s(self) -> float:
+        """The moment until which it surely lives, by the clock `ddb.leases.now`."""
+        return self._keeping.until_s
+
+    @property
+    def remaining_s(self) -> float:
+        """The seconds for which it surely lives."""
+        return self._keeping.remaining_s
+
+    def keepalive(self, *, timeout_s: float | None = None) -> float:
+        """Give a sign of life, once. Returns the seconds for which it surely lives from now on. Raises BadRequest where
+        it has ended.
+
+        >>> lease = db.lease(10)
+        >>> 9 < lease.keepalive() <= 10
+        True
+        """
+        self._beat(self._callers.call, self._callers.known.unreachable_s if timeout_s is None else timeout_s)
+        return self.remaining_s
+
+    def revoke(self, *, timeout_s: float | None = None) -> None:
+        """End it now, and delete the keys that hang on it. One that has ended already is no error.
+
+        >>> lease = db.lease(10)
+        >>> _ = db.put("here", 1, lease=lease)
+        >>> lease.revoke()
+        >>> "here" in db
+        False
+        """
+        self.close()
+        patience_s = self._callers.known.unreachable_s if timeout_s is None else timeout_s
+        try:
+            self._callers.call(questions.lease_revoke(self.id).request, None, patience_s)
+        except BadRequest as error:
+            if "lease" not in error.fields:
+                raise
+        finally:
+            self._keeping.over()
+
+    def keep(self) -> Lease:
+        """Keep it alive from now on, from a thread, until `close`, `revoke` or the end of a `with` block.
+
+        >>> lease = db.lease(10).keep()
+        >>> lease.close()
+        """
+        if self._thread is None and not self._stop.is_set():
+            self._callers.enter(self)
+            self._caller = Caller(self._callers.known)
+            self._thread = threading.Thread(target=self._keep, name=f"ddb-lease-{self.id}", daemon=True)
+            self._thread.start()
+        return self
+
+    def close(self) -> None:
+        """Keep it alive no longer, so that it runs out. May be called twice.
+
+        >>> lease = db.lease(10).keep()
+        >>> lease.close()
+        """
+        self._stop.set()
+        self._callers.leave(self)
+        if self._caller is not None:
+            self._caller.abort()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> Lease:
+        return self.keep()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.revoke()
+        except DdbError as trouble:
+            _log.warning("lease %d could not be revoked, and will run out: %s", self.id, trouble)
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.id} {'lost' if self.lost else f'{self.remaining_s:.1f} s'}>"
+
+    def _beat(self, call: Callable[[dict[str, Any], str | None, float], Any], timeout_s: float) -> None:
+        sent_s = now()
+        try:
+            call(questions.lease_keepalive(self.id).request, None, timeout_s)
+        except DdbError as error:
+            self._keeping.failed(error)
+            raise
+        self._keeping.kept(sent_s)
+
+    def _keep(self) -> None:
+        caller = self._caller
+        assert caller is not None, "a thread is begun with a caller of its own"
+        try:
+            while not self._stop.wait(max(self._keeping.due_s - now(), 0)) and not self.lost:
+                try:
+                    self._beat(caller.call, self._keeping.remaining_s)
+                except DdbError as error:
+                    _log.debug("lease %d is not kept alive: %s", self.id, error)
+        finally:
+            caller.close()
+        if not self._stop.is_set():
+            self._lost()
+
+    def _lost(self) -> None:
+        _log.warning("lease %d may have ended: nobody could be told in time that its holder lives", self.id)
+        if self._on_lost is not None:
+            try:
+                self._on_lost()
+            except Exception:
+                _log.exception("a callback of on_lost failed")
+
+
+class Session:
+    """A name under which the writes of a `with` block are done exactly once. Made by `Client.session`.
+
+    Of this thread: a block entered in one thread says nothing about the writes of another.
     """
 
-    __slots__ = ("_keys", "_ledger", "granted", "of", "ttl_ms")
+    def __init__(self, client: Client, timeout_s: float | None = None) -> None:
+        self._client = client
+        self._timeout_s = timeout_s
+        self._numbers: Numbers | None = None
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._keys: dict[int, set[str]] = {}
-        self.ttl_ms: dict[int, int] = {}
-        self.of: dict[str, int] = {}
-        self.granted: set[int] = set()
-        for name, value in ledger.records.items():
-            if name.startswith(_KIND):
-                self.ttl_ms[int(name[len(_KIND) :])] = int(value)
-            elif name.startswith(_KEY_KIND):
-                key, lease = name[len(_KEY_KIND) :], int(value)
-                self.of[key] = lease
-                self._keys.setdefault(lease, set()).add(key)
+    @property
+    def id(self) -> int:
+        """What the cluster calls it; history tells it with each write."""
+        return self.numbers.client
 
-    def __len__(self) -> int:
-        return len(self.ttl_ms)
+    @property
+    def numbers(self) -> Numbers:
+        """The numbers of its writes. Raises BadRequest where it is not open."""
+        if self._numbers is None:
+            raise BadRequest("This session is not open; use it in a `with` statement.")
+        return self._numbers
 
-    def grant(self, rev: int, ttl_ms: int) -> None:
-        """Grant a lease, whose id is `rev`. Raises Overloaded."""
-        if len(self.ttl_ms) >= LEASES_MAX:
-            raise Overloaded(f"There are {LEASES_MAX} leases already; revoke some, or wait until they expire.")
-        self.ttl_ms[rev] = ttl_ms
-        self.granted.add(rev)
-        self._ledger.set(f"{_KIND}{rev}", b"%d" % ttl_ms)
+    def open(self) -> Session:
+        """Have the cluster name it.
 
-    def require(self, lease: int) -> None:
-        """Raise BadRequest, which names the lease in its fields, where there is no such lease (any more)."""
-        if lease not in self.ttl_ms:
-            raise unknown_lease(lease)
+        >>> session = db.session().open()
+        >>> session.close()
+        """
+        if self._numbers is None:
+            self._numbers = Numbers(self._client.ask(questions.session_open(), self._timeout_s))
+        return self
 
-    def end(self, lease: int) -> list[str]:
-        """Forget a lease, which is there. Returns the keys that were attached to it, in order; they are to be deleted."""
-        del self.ttl_ms[lease]
-        self.granted.discard(lease)
-        self._ledger.set(f"{_KIND}{lease}", None)
-        keys = self.keys(lease)
-        for key in keys:
-            self.attach(key, 0)
-        return keys
+    def close(self) -> None:
+        """Have the cluster forget it. Where it can't be told, it forgets by itself after an hour. May be called twice.
 
-    def keys(self, lease: int) -> list[str]:
-        """The keys attached to `lease`, in order."""
-        return sorted(self._keys.get(lease, ()))
+        >>> session = db.session().open()
+        >>> session.close()
+        >>> session.close()
+        """
+        numbers, self._numbers = self._numbers, None
+        if numbers is None:
+            return
+        try:
+            self._client.ask(questions.session_close(numbers.client), self._timeout_s)
+        except DdbError as error:
+            _log.debug("session %d is left to run out: %s", numbers.client, error)
 
-    def key_count(self, lease: int) -> int:
-        """How many keys are attached to `lease`."""
-        return len(self._keys.get(lease, ()))
+    def __enter__(self) -> Session:
+        self.open()
+        keeping.enter(self._client, self.numbers)
+        return self
 
-    def attach(self, key: str, lease: int) -> int:
-        """Attach `key` to `lease`; 0 detaches it. Returns what it was attached to. Raises TooLarge."""
-        old = self.of.get(key, 0)
-        if old == lease:
-            return old
-        if lease:
-            keys = self._keys.setdefault(lease, set())
-            if len(keys) >= KEYS_MAX:
-                raise TooLarge(f"Lease {lease} has {KEYS_MAX} keys already; grant another for more.")
-            keys.add(key)
-            self.of[key] = lease
-            self._ledger.set(_KEY_KIND + key, b"%d" % lease)
-        else:
-            del self.of[key]
-            self._ledger.set(_KEY_KIND + key, None)
-        if old:
-            self._keys[old].discard(key)
-            if not self._keys[old]:
-                del self._keys[old]
-        return old
-
-
-def unknown_lease(lease: int) -> BadRequest:
-    """The failure of whoever names a lease that is not there."""
-    return BadRequest(f"There is no lease {lease} (any more); grant one with lease_grant.", lease=lease)
-
-
-def ttl_json(ttl_ms: int) -> bytes:
-    """A time to live in seconds, as replies say it."""
-    return b"%d" % (ttl_ms // 1000) if ttl_ms % 1000 == 0 else repr(ttl_ms / 1000).encode()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        keeping.leave(self.numbers)
+        self.close()

@@ -1,266 +1,251 @@
-"""The watchers of a node: each change told once, in order, and only while it is taken.
+"""A watch, for programs that block: the sockets under following.py.
 
-Laws:
-
-* A watcher is told every change it wants behind its first revision, in the order of the log, none twice and none left out;
-  or it is told that this can't go on, and its connection ends. There is nothing in between.
-* A watcher holds a place in the chronicle, not a queue. What it has not taken is kept for nobody.
-* A progress event is never ahead of the events before it.
-
-Theory. A watcher is *live* while it has been told all that was applied. At the end of each turn, the pages that came in it
-are handed round: each change is looked up in the index (watches.py) and encoded if somebody wants it, once for all. Who has
-no room for more stops being live, and remembers up to which revision it was told everything. When there is room again, it is
-read to from the chronicle, a little in each turn, until it has caught up, and is live again. One that asks for the past
-begins so. It stays in the index meanwhile, for what it falls behind by is counted: over `BEHIND_BYTES_MAX`, or where
-the chronicle has moved on without it, it is dropped.
+Laws: one thread at a time takes events, any thread may close; Ctrl-C ends a wait at once and loses nothing; no wait
+outlasts the time it was given.
 """
 
 from __future__ import annotations
 
-import logging
+import inspect
+import random
+import socket
+import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, Final
 
 from ddb import wire
-from ddb.chronicle import Chronicle, Page, event
-from ddb.errors import Compacted, DdbError, NoLeader, Overloaded, ShuttingDown
-from ddb.past import Wanted, prepare_watch
-from ddb.replica import Replica
-from ddb.slots import Slot
-from ddb.streams import STREAM_BYTES_MAX, Event, Stream
-from ddb.watches import Watches
+from ddb.calls import Failed, Knowledge, Sleep
+from ddb.errors import DdbError, NotInTime
+from ddb.following import Connect, Following, Learn, Receive, Step, Told
+from ddb.links import ready, reason_of
+from ddb.results import Event
 
-log = logging.getLogger(__name__)
-
-BEHIND_BYTES_MAX: Final = 8 << 20
-RECORDS_A_TURN: Final = 2000  # of the chronicle, looked at for one watcher
-PROGRESS_S: Final = 3.4  # between two signs of life: with what ROUND_TICKS take, below the 5 s that are promised
-ROUND_TICKS: Final = 50  # after which each watcher whose turn it is has had it, so that they don't all come at once
-NOTHING: Final = ["count", {"start": "", "end": ""}]  # a read that only waits for its turn
+MESSAGE_BYTES_MAX: Final = 1 << 30
 
 
-class Watcher:
-    """One of them. `seen`: all it wants up to that revision, it has been told, or does not want."""
+class Watch:
+    """An iterator of the changes that are asked for, without end, until it is closed. Made by `Client.watch`.
 
-    __slots__ = ("behind_bytes", "due_s", "gone", "live", "seen", "stream", "wanted")
+    `learn` asks where the nodes are; `gone` is told when it is closed.
+    """
 
-    def __init__(self, stream: Stream, wanted: Wanted, seen: int) -> None:
-        self.stream = stream
-        self.wanted = wanted
-        self.seen = seen
-        self.live = False
-        self.gone = False
-        self.behind_bytes = 0  # of events that came while it was not live, less what it was told since
-        self.due_s = 0.0  # when it is to hear something
+    def __init__(
+        self,
+        knowledge: Knowledge,
+        request: dict[str, Any],
+        from_rev: int | None,
+        patience_s: float,
+        learn: Callable[[], object],
+        gone: Callable[[Watch], object],
+    ) -> None:
+        self._following = Following(knowledge, request, from_rev, patience_s, time.monotonic, random.Random())
+        self._steps = self._following.run()
+        self._step: Step | None = None
+        self._learn = learn
+        self._gone = gone
+        self._link: _Link | None = None
+        self._busy = threading.Lock()
+        self._closed = threading.Event()
+        self._bell, self._button = socket.socketpair()
+        self._until_s: float | None = None  # how long the one who waits has time
+        self._wake_s: float | None = None
 
-    def __repr__(self) -> str:
-        kind = "prefix" if self.wanted.is_prefix else "key"
-        return f"watcher of {kind} {self.wanted.name!r} at {self.seen}"
-
-
-class Watching:
-    """All watchers of one node. `now` is its steady clock."""
-
-    def __init__(self, replica: Replica, chronicle: Chronicle, now: Callable[[], float]) -> None:
-        self._replica = replica
-        self._chronicle = chronicle
-        self._now = now
-        self._watches: Watches[Watcher] = Watches()
-        self._round: deque[Watcher] = deque()  # by due_s
-        self._pages: list[Page] = []  # applied, and not handed round yet
-        self._leaving = False
-        chronicle.on_reset = self._on_reset
-
-    def __repr__(self) -> str:
-        return f"{len(self._round)} watchers"
-
-    # --- beginning and ending -----------------------------------------------------------------------------------
-
-    def watch(self, request: dict[str, Any], slot: Slot) -> None:
-        """Begin a watch. Raises what is wrong with it; what can't be known yet is told to `slot`."""
-        wanted = prepare_watch(request)
-        slot.connection.await_reply(slot)
-        if wanted.first is None:
-            self._replica.read(NOTHING, _Confirmed(slot, lambda: self._begin(wanted, slot)))
-        else:
-            self._begin(wanted, slot)
-
-    def _begin(self, wanted: Wanted, slot: Slot) -> None:
-        """From here on: everything acknowledged before is behind us, everything else before us."""
-        if self._leaving:
-            raise ShuttingDown("This node is leaving; watch at another.")
-        if self._replica.diverged:
-            raise NoLeader("This node's data is being replaced by the leader's; watch at another.")
-        seen = self._applied if wanted.first is None else max(wanted.first, 1) - 1
-        if seen < self._chronicle.floor:
-            raise self._chronicle.compacted()
-        if slot.done or slot.connection.sock is None:
-            return
-        watcher = Watcher(slot.open(b'{"ok":true,"watch":true,"rev":%d}' % seen), wanted, seen)
-        stream = watcher.stream
-        stream.on_room = lambda: self._catch_up(watcher)
-        slot.connection.on_close = lambda: self._forget(watcher)
-        self._watches.add(watcher, wanted.name, prefix=wanted.is_prefix)
-        watcher.due_s = self._now() + PROGRESS_S
-        self._round.append(watcher)
-        self._chronicle.on_page = self._pages.append
-        stream.want_room()
-
-    def _forget(self, watcher: Watcher) -> None:
-        if not watcher.gone:
-            watcher.gone = True
-            self._watches.remove(watcher, watcher.wanted.name, prefix=watcher.wanted.is_prefix)
-            if not self._watches:
-                self._chronicle.on_page = None
-                self._pages.clear()
-
-    def _drop(self, watcher: Watcher, error: DdbError) -> None:
-        """End a watch that can't go on."""
-        log.info("%r is dropped: %s", watcher, error.message)
-        said = {"event": "error", "error": error.code, "message": error.message, **error.fields}
-        watcher.stream.send([Event(b"error", wire.encode(said), 0)])
-        watcher.stream.close()
-        self._forget(watcher)
-
-    def leave(self) -> None:
-        """The node is leaving: what was applied is still told, then all watches end."""
-        self._leaving = True
-        self.turn()
-        for watcher in self._round:
-            if not watcher.gone:
-                self._drop(watcher, ShuttingDown("This node is leaving; go on watching at another."))
-        self._round.clear()
-
-    # --- telling ------------------------------------------------------------------------------------------------
-
-    @property
-    def _applied(self) -> int:
-        return self._replica.machine.applied
-
-    def turn(self) -> None:
-        """Hand round what was applied since the last call."""
-        if self._pages:
-            pages = self._pages[:]
-            self._pages.clear()
-            for page in pages:
-                self._hand_round(page)
-
-    def _hand_round(self, page: Page) -> None:
-        find = self._watches.find
-        found: dict[Watcher, list[Event]] = {}
-        for rev, key, row, _, _ in page.changes:
-            watchers = find(key)
-            if watchers:
-                one = Event(b"delete" if row is None else b"put", event(key, row, rev), rev)
-                for watcher in watchers:
-                    if watcher.seen < rev:
-                        found.setdefault(watcher, []).append(one)
-        for watcher, events in found.items():
-            if watcher.live and watcher.stream.has_room:
-                watcher.stream.send(events)
-            else:
-                self._fall_behind(watcher, page.first - 1, sum([len(one.body) for one in events]))
-
-    def _fall_behind(self, watcher: Watcher, told: int, size_bytes: int) -> None:
-        """`watcher`, which was told everything up to `told`, has no room for `size_bytes` more."""
-        if watcher.live:
-            watcher.live = False
-            watcher.seen = max(watcher.seen, told)
-            watcher.stream.want_room()
-        watcher.behind_bytes += size_bytes
-        if watcher.behind_bytes > BEHIND_BYTES_MAX:
-            self._drop(watcher, _too_slow())
-
-    def _catch_up(self, watcher: Watcher) -> None:
-        """There is room: read to `watcher` from the chronicle, whole revisions only."""
-        if watcher.gone or watcher.live:
-            return
-        chronicle, wants = self._chronicle, watcher.wanted.includes
-        if watcher.seen < chronicle.floor:
-            self._drop(watcher, _too_slow())
-            return
-        events: list[Event] = []
-        looked_at = size = 0
-        seen = watcher.seen
+    def start(self) -> Watch:
+        """Go on until the watch stands. Raises a DdbError where no node serves it."""
         try:
-            for rev, key, row, *_ in chronicle.records(watcher.seen):
-                if rev != seen and (looked_at >= RECORDS_A_TURN or size >= STREAM_BYTES_MAX):
-                    watcher.stream.want_room()
-                    break
-                seen = rev
-                looked_at += 1
-                if wants(key):
-                    events.append(Event(b"delete" if row is None else b"put", event(key, row, rev), rev))
-                    size += len(events[-1].body)
-            else:
-                seen = max(seen, self._applied)
-                watcher.live = True
-        except Compacted as error:
-            self._drop(watcher, error)
-            return
-        watcher.stream.send(events)
-        watcher.seen = seen
-        watcher.behind_bytes = 0 if watcher.live else max(0, watcher.behind_bytes - size)
-
-    def _on_reset(self) -> None:
-        """The state is about to be replaced by a later one, and the chronicle with it."""
-        self.turn()
-        for watcher in self._round:
-            if watcher.live and not watcher.gone:
-                watcher.live = False
-                watcher.seen = max(watcher.seen, self._applied)
-                watcher.stream.want_room()
-
-    # --- time ---------------------------------------------------------------------------------------------------
-
-    def tick(self, now: float) -> None:
-        """Give a sign of life to those whose turn it is."""
-        if not self._round:
-            return
-        self.turn()  # nobody is told of progress before the events that it is about
-        for _ in range(1 + len(self._round) // ROUND_TICKS):
-            if not self._round or self._round[0].due_s > now:
-                return
-            watcher = self._round.popleft()
-            if watcher.gone:
-                continue
-            watcher.due_s = now + PROGRESS_S
-            self._round.append(watcher)
-            if watcher.live and watcher.stream.has_room:
-                rev = max(watcher.seen, self._applied)
-                watcher.stream.send([Event(b"progress", b'{"event":"progress","rev":%d}' % rev, rev)])
-
-
-def _too_slow() -> Overloaded:
-    return Overloaded("The events were not taken fast enough; go on from the last revision that came.")
-
-
-class _Confirmed:
-    """Waits, in a slot's place, for the confirmation that this node has seen all that was acknowledged before."""
-
-    def __init__(self, slot: Slot, then: Callable[[], None]) -> None:
-        self.deadline = slot.deadline
-        self._slot = slot
-        self._then = then
+            self._advance(None)
+        except BaseException:
+            self.close()
+            raise
+        return self
 
     @property
-    def done(self) -> bool:
-        """See replica.Waiter."""
-        return self._slot.done
+    def rev(self) -> int:
+        """The revision up to which all changes have been told: what happened later is still to come."""
+        return self._following.rev or 0
 
-    @property
-    def has_room(self) -> bool:
-        """See replica.Reader."""
-        return True
+    def __iter__(self) -> Iterator[Event]:
+        return self
 
-    def reply(self, body: bytes) -> None:
-        """See replica.Waiter."""
+    def __next__(self) -> Event:
+        while not self._closed.is_set():
+            event = self._advance(None)
+            if event is not None:
+                return event
+        raise StopIteration
+
+    def wait(self, timeout_s: float) -> Event | None:
+        """The next change, or None where there is none within `timeout_s`, or the watch is closed.
+
+        >>> with db.watch("city") as watch:
+        ...     watch.wait(0.01)
+        """
+        until_s = time.monotonic() + timeout_s
+        while not self._closed.is_set():
+            try:
+                event = self._advance(until_s)
+            except NotInTime:
+                return None
+            if event is not None:
+                return event
+        return None
+
+    def close(self) -> None:
+        """End the watch, and whoever waits for it, in whichever thread. May be called twice.
+
+        >>> watch = db.watch("city")
+        >>> watch.close()
+        >>> list(watch)
+        []
+        """
+        if not self._closed.is_set():
+            self._closed.set()
+            self._gone(self)
+            try:
+                self._button.send(b"!")
+            except OSError:
+                pass  # closed by the one who was waiting
+        self._clear()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ the driver
+
+    def _clear(self) -> None:
+        """Let go of the sockets, unless somebody waits on them: who does, does it then."""
+        if self._closed.is_set() and self._busy.acquire(blocking=False):
+            try:
+                self._steps.close()
+                self._drop()
+                self._bell.close()
+                self._button.close()
+            finally:
+                self._busy.release()
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def _advance(self, until_s: float | None) -> Event | None:
+        """Go on to the next thing told. Raises NotInTime at `until_s`; what was begun then goes on the next time."""
         try:
-            self._then()
-        except DdbError as error:
-            self._slot.fail(error)
+            with self._busy:
+                self._until_s = until_s
+                return self._go_on()
+        except NotInTime:
+            raise
+        except DdbError:
+            self._closed.set()
+            self._gone(self)
+            raise
+        finally:
+            self._clear()
 
-    def fail(self, error: DdbError) -> None:
-        """See replica.Waiter."""
-        self._slot.fail(error)
+    def _go_on(self) -> Event | None:
+        if self._closed.is_set():
+            return None
+        if inspect.getgeneratorstate(self._steps) == inspect.GEN_CLOSED:  # ended by an interrupt
+            self._steps, self._step = self._following.run(), None
+        if self._step is None:
+            self._step = next(self._steps)
+        while not isinstance(self._step, Told):
+            try:
+                answer = self._perform(self._step)
+            except Failed as failure:
+                self._step = self._steps.throw(failure)
+            except _Closed:
+                return None
+            else:
+                self._step = self._steps.send(answer)
+        event = self._step.event
+        self._step = None
+        return event
+
+    def _perform(self, step: Step) -> bytes | None:
+        match step:
+            case Connect():
+                self._drop()
+                self._link = _Link(step.address, step.payload, step.deadline_s)
+            case Receive():
+                assert self._link is not None, "what is received was asked for"
+                return self._receive(self._link, step.deadline_s)
+            case Sleep(seconds):
+                self._wake_s = self._wake_s or time.monotonic() + seconds  # of a pause that goes on, it is the first
+                self._await(None, self._wake_s)
+                self._wake_s = None
+            case Learn():
+                self._learn()
+        return None
+
+    def _receive(self, link: _Link, deadline_s: float) -> bytes:
+        """The next payload. Raises Failed, NotInTime, _Closed."""
+        while True:
+            payload = link.next_payload()
+            if payload is not None:
+                return payload
+            if not self._await(link.socket, deadline_s):
+                raise Failed("it is silent", sent=True)
+            link.read()
+
+    def _await(self, sock: socket.socket | None, deadline_s: float) -> bool:
+        """Wait until there is something to read, or the deadline has come (False). Raises NotInTime where the one who
+        waits has no time left, _Closed where there is nothing to wait for any more."""
+        end_s = deadline_s if self._until_s is None else min(deadline_s, self._until_s)
+        readable = ready([self._bell, *([sock] if sock is not None else [])], [], end_s - time.monotonic())[0]
+        if self._bell in readable:
+            raise _Closed
+        if not readable and self._until_s is not None and time.monotonic() >= self._until_s:
+            raise NotInTime("Nothing has changed in this time.")
+        return bool(readable)
+
+
+class _Closed(Exception):
+    """The watch was closed, perhaps from another thread."""
+
+
+class _Link:
+    """One connection, and the frames that came on it."""
+
+    def __init__(self, address: str, payload: bytes, deadline_s: float) -> None:
+        self._cutter = wire.FrameBuffer(MESSAGE_BYTES_MAX)
+        self._payloads: deque[bytes] = deque()
+        patience_s = max(deadline_s - time.monotonic(), 0.001)
+        try:
+            self.socket = socket.create_connection(wire.parse_address(address), timeout=patience_s)
+        except (OSError, UnicodeError) as error:
+            raise Failed(reason_of(error), sent=False, connected=False) from None
+        try:
+            self.socket.sendall(wire.frame(payload))
+        except OSError as error:
+            self.socket.close()
+            raise Failed(reason_of(error), sent=False) from None
+
+    def next_payload(self) -> bytes | None:
+        """The next message that came, if one did."""
+        return self._payloads.popleft() if self._payloads else None
+
+    def read(self) -> None:
+        """Take what has come. Raises Failed where the connection has ended."""
+        try:
+            data = self.socket.recv(1 << 18)
+        except OSError as error:
+            raise Failed(reason_of(error), sent=True) from None
+        if not data:
+            raise Failed("it closed the connection", sent=True)
+        self._payloads.extend(self._cutter.feed(data))
+        if self._cutter.error is not None:
+            raise Failed("it does not speak ddb's protocol", sent=True)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.socket.close()

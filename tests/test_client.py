@@ -17,7 +17,8 @@ import pytest
 
 import ddb
 from ddb import errors, wire
-from ddb.client import Client, Item, _from_wire, _to_wire, next_page
+from ddb.client import Client, Item, next_page
+from ddb.results import from_wire, to_wire
 from tests.fake_server import FakeServer, failure
 from tests.harness import wait
 
@@ -109,11 +110,11 @@ def test_a_put_whose_condition_fails_shows_the_key_as_it_is(server: FakeServer) 
     "value", [b"", b"\x00\xff", [b"a", {"x": b"b"}], {"$b64": 3}, {"$b64": "AA==", "y": 1}, "s", None]
 )
 def test_bytes_survive_the_wire_wherever_they_stand(value: Any) -> None:
-    assert _from_wire(json.loads(json.dumps(_to_wire(value)))) == value
+    assert from_wire(json.loads(json.dumps(to_wire(value)))) == value
 
 
 def test_an_object_that_only_looks_like_bytes_stays_an_object() -> None:
-    assert _from_wire({"$b64": "not base64!"}) == {"$b64": "not base64!"}
+    assert from_wire({"$b64": "not base64!"}) == {"$b64": "not base64!"}
 
 
 def test_scan_all_goes_on_behind_the_last_key(server: FakeServer) -> None:
@@ -206,7 +207,7 @@ def test_a_connection_closed_while_idle_is_noticed_before_a_write_is_sent(server
     server.answer = lambda request: {"ok": True, "rev": 1}
     with client_of(server) as db:
         db.put("k", 1)
-        link = db._caller.links[server.address]
+        link = db._callers.idle[0].links[server.address]
         server.hang_up()
         wait(lambda: not link.usable(), what="the reset arrives")
         assert db.put("k", 2).rev == 1
@@ -372,7 +373,8 @@ def test_after_close_nothing_is_left_and_nothing_is_sent(server: FakeServer) -> 
     threads = threading.active_count()
     db = client_of(server)
     db.ping()
-    links = list(db._caller.links.values())
+    links = [link for caller in db._callers.idle for link in caller.links.values()]
+    assert links
     db.close()
     db.close()
     assert all(link._socket.fileno() == -1 for link in links)

@@ -1,0 +1,132 @@
+"""What a client keeps at the cluster and must not lose unnoticed: leases, and sessions. Decisions only.
+
+Laws:
+
+1. A lease is taken for lost no later than the cluster may end it: its time runs, on this side, from the moment before
+   the sign of life was *sent*; on the other side, from a moment after it came. Once taken for lost, it stays so.
+2. A session's numbers are given out once each. A write that is sent again keeps its number.
+
+Theory. A client can't know that its lease still lives; it can know that the cluster can't have ended it yet. So it counts
+for itself, and gives up early rather than late. The clock must go on while the machine sleeps, or is
+frozen as a guest: a holder that wakes up must find its time over.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from ddb.calls import NUMBERED
+from ddb.errors import BadRequest, DdbError
+from ddb.questions import Question
+
+T = TypeVar("T")
+
+KEEPALIVES_PER_TTL: Final = 3
+TRIES_PER_TTL: Final = 20
+
+
+class Keeping:
+    """The keeping of one lease: when its next sign of life is due, and until when it surely lives.
+
+    `ttl_s`: its time to live. `asked_s`: when it was asked for, by the clock `now`.
+    """
+
+    def __init__(self, ttl_s: float, asked_s: float, now: Callable[[], float]) -> None:
+        self.ttl_s = ttl_s
+        self.until_s = asked_s + ttl_s
+        self.due_s = asked_s + ttl_s / KEEPALIVES_PER_TTL
+        self._now = now
+        self._gone = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease may have ended."""
+        self._gone = self._gone or self._now() >= self.until_s
+        return self._gone
+
+    @property
+    def remaining_s(self) -> float:
+        """For how long it surely lives."""
+        return 0.0 if self.lost else self.until_s - self._now()
+
+    def kept(self, sent_s: float) -> None:
+        """A sign of life, sent at `sent_s`, was answered."""
+        if not self.lost:
+            self.until_s = max(self.until_s, sent_s + self.ttl_s)
+            self.due_s = sent_s + self.ttl_s / KEEPALIVES_PER_TTL
+
+    def failed(self, error: DdbError) -> None:
+        """A sign of life was not answered, or it was refused because there is no such lease."""
+        if isinstance(error, BadRequest) and "lease" in error.fields:
+            self._gone = True
+        self.due_s = self._now() + self.ttl_s / TRIES_PER_TTL
+
+    def over(self) -> None:
+        """It was given back."""
+        self._gone = True
+
+
+class Numbers:
+    """A session's name, and the numbers of its writes."""
+
+    def __init__(self, client: int) -> None:
+        self.client = client
+        self._seqs = itertools.count(1)
+
+    def number(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The write `request` under this session, with the next number."""
+        return {**request, "client": self.client, "seq": next(self._seqs)}
+
+    def stamp(self, question: Question[T]) -> Question[T]:
+        """The same for a question."""
+        return Question(self.number(question.request), question.read, question.at)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A session in whose `with` block the program is: whose client's it is, and the block around it."""
+
+    owner: object
+    numbers: Numbers
+    outer: Block | None
+
+
+entered: contextvars.ContextVar[Block | None] = contextvars.ContextVar("ddb_session", default=None)
+"""The innermost block of this thread, or of this task and those that it began."""
+
+
+def current(owner: object) -> Numbers | None:
+    """The session of `owner` in whose block the caller is."""
+    block = entered.get()
+    while block is not None and block.owner is not owner:
+        block = block.outer
+    return block.numbers if block is not None else None
+
+
+def enter(owner: object, numbers: Numbers) -> None:
+    """Begin a block of this session of `owner`'s."""
+    entered.set(Block(owner, numbers, entered.get()))
+
+
+def leave(numbers: Numbers) -> None:
+    """End the block of `numbers`; those inside it that are not ended yet stay."""
+    entered.set(_without(entered.get(), numbers))
+
+
+def _without(block: Block | None, numbers: Numbers) -> Block | None:
+    if block is None or block.numbers is numbers:
+        return block.outer if block is not None else None
+    return Block(block.owner, block.numbers, _without(block.outer, numbers))
+
+
+def stamped(owner: object, request: dict[str, Any]) -> dict[str, Any]:
+    """The `request` as it must be sent by `owner` here: numbered, where it is a write in a session's block."""
+    if request.get("op") in NUMBERED and "client" not in request:
+        numbers = current(owner)
+        if numbers is not None:
+            return numbers.number(request)
+    return request

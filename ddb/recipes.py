@@ -1,0 +1,537 @@
+"""Locks, semaphores, elections, barriers, queues and counters, for programs that block.
+
+Laws: what is decided, is decided in plans.py; a `with` block takes and gives back; what hangs on a lease is kept alive
+from a thread that ends with the block, and tells when it may be lost; every token is a revision, and grows.
+
+docs/recipes.md says what these can promise, and what no lock over a network can.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ddb import keeping, plans, questions
+from ddb.errors import BadRequest, Compacted, DdbError, LockLost, NotInTime, SessionExpired
+from ddb.keeping import Numbers
+from ddb.leases import Lease, Session, now
+from ddb.plans import Leader, Patience, Plan, Roll
+
+if TYPE_CHECKING:
+    from ddb.client import Client
+
+_log = logging.getLogger("ddb.client")
+
+
+def whoami() -> str:
+    """What a holder is called where it does not say: host and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class Semaphore:
+    """Something that `limit` at a time hold, in the order of their asking. Made by `Client.semaphore`."""
+
+    kind = "semaphore"
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        limit: int,
+        ttl_s: float = 10.0,
+        *,
+        wait_s: float | None = None,
+        value: Any = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> None:
+        if limit < 1:
+            raise BadRequest("`limit` must be at least 1: how many may hold it at a time.")
+        self.name = name
+        self.limit = limit
+        self.ttl_s = ttl_s
+        self.value = value
+        self._prefix = plans.prefix_of(self.kind, name)
+        self._client = client
+        self._wait_s = wait_s
+        self._on_lost = on_lost
+        self._lease: Lease | None = None
+        self._token: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it is held here, surely, now."""
+        return self._token is not None and not self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was got, and may have gone to somebody else since."""
+        return self._token is not None and self._lease is not None and self._lease.lost
+
+    @property
+    def token(self) -> int:
+        """The fencing token: a revision, greater than that of every holder before. Raises BadRequest where it was not
+        got."""
+        if self._token is None:
+            raise BadRequest(f"The {self.kind} {self.name!r} is not held.")
+        return self._token
+
+    @property
+    def lease(self) -> Lease:
+        """The lease on which it hangs. Raises BadRequest where it was not got."""
+        if self._lease is None:
+            raise BadRequest(f"The {self.kind} {self.name!r} is not held.")
+        return self._lease
+
+    @property
+    def key(self) -> str:
+        """The key that stands for its being held here."""
+        return plans.key_of(self._prefix, self.lease.id)
+
+    @property
+    def guard(self) -> dict[str, Any]:
+        """A condition for `if_`: what is written with it is written only while this is held, whatever its holder
+        believes."""
+        return {"key": self.key, "exists": True}
+
+    def check(self) -> None:
+        """Raise LockLost where it may be lost.
+
+        >>> with db.lock("printer") as lock:
+        ...     lock.check()
+        """
+        if self.lost:
+            raise LockLost(f"The {self.kind} {self.name!r} may be held by somebody else by now.")
+
+    def acquire(self, wait_s: float | None = None) -> bool:
+        """Wait until it is held here, `wait_s` seconds at most (None: for ever; 0: only if it is free). Returns whether
+        it is.
+
+        >>> lock = db.lock("printer")
+        >>> lock.acquire(wait_s=1), db.lock("printer").acquire(wait_s=0)
+        (True, False)
+        >>> lock.release()
+        """
+        if self._lease is not None:
+            raise BadRequest(f"This object holds the {self.kind} {self.name!r} already; make another one to wait.")
+        deadline_s = None if wait_s is None else now() + wait_s
+        while self._lease is None:
+            try:
+                return self._enter(deadline_s)
+            except LockLost:  # while waiting: begin anew, at the end of the line
+                if deadline_s is not None and now() >= deadline_s:
+                    return False
+        return True
+
+    def _enter(self, deadline_s: float | None) -> bool:
+        lease = self._client.lease(self.ttl_s, on_lost=self._on_lost if self._on_lost else None)
+        patience = Patience(now, deadline_s, lambda: lease.until_s)
+        value = whoami() if self.value is None else self.value
+        item = None
+        try:
+            lease.keep()
+            item = self._client.run(plans.enter(self._prefix, self.limit, lease.id, value, patience))
+        finally:
+            if item is None:
+                _give_back(lease)
+        if item is not None:
+            self._lease, self._token = lease, item.created
+        return item is not None
+
+    def release(self) -> None:
+        """Give it back, at once: the next one may have it. Where the cluster can't be told, it is free when its lease has
+        run out.
+
+        >>> lock = db.lock("printer")
+        >>> lock.acquire()
+        True
+        >>> lock.release()
+        """
+        lease, self._lease, self._token = self._lease, None, None
+        if lease is not None:
+            _give_back(lease)
+
+    def holders(self) -> list[Leader]:
+        """Who holds it now, as the cluster sees it, the first one first: their values and tokens.
+
+        >>> with db.lock("printer", value="Ada") as lock:
+        ...     [holder.value for holder in lock.holders()]
+        ['Ada']
+        """
+        line, _ = self._client.run(plans.standing(self._prefix))
+        return [Leader(item.value, item.created) for item in line[: self.limit]]
+
+    def __enter__(self) -> Semaphore:
+        self._take()
+        return self
+
+    def _take(self) -> None:
+        if not self.acquire(self._wait_s):
+            raise NotInTime(f"The {self.kind} {self.name!r} did not become free within {self._wait_s} s.")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = self.lost
+        self.release()
+        if lost and kind is None:
+            raise LockLost(f"The {self.kind} {self.name!r} was lost within its block: what that did may have collided.")
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.name!r} {self._token if self.held else 'lost' if self.lost else 'not held'}>"
+        )
+
+
+def _give_back(lease: Lease) -> None:
+    """End a lease. Where nobody can be told, it runs out."""
+    try:
+        lease.revoke()
+    except DdbError as error:
+        _log.warning("what hangs on lease %d is free only when that has run out: %s", lease.id, error)
+
+
+class Lock(Semaphore):
+    """Something that one at a time holds, in the order of asking. Made by `Client.lock`."""
+
+    kind = "lock"
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        ttl_s: float = 10.0,
+        *,
+        wait_s: float | None = None,
+        value: Any = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(client, name, 1, ttl_s, wait_s=wait_s, value=value, on_lost=on_lost)
+
+    def __enter__(self) -> Lock:
+        self._take()
+        return self
+
+
+class Election(Lock):
+    """An election: who campaigns leads in the end, one at a time. Made by `Client.election`. A `with` block campaigns
+    and resigns."""
+
+    kind = "election"
+
+    def campaign(self, value: Any = None, wait_s: float | None = None) -> bool:
+        """Stand, and wait until this candidate leads. `value` is what others see. Returns whether it leads within
+        `wait_s`.
+
+        >>> election = db.election("mayor")
+        >>> election.campaign("Ada")
+        True
+        >>> election.resign()
+        """
+        self.value = value if value is not None else self.value
+        return self.acquire(wait_s)
+
+    def proclaim(self, value: Any) -> None:
+        """Change what others see of this leader. Raises LockLost where it leads no more.
+
+        >>> with db.election("mayor", value="Ada") as election:
+        ...     election.proclaim("Ada, for the people")
+        ...     election.leader().value
+        'Ada, for the people'
+        """
+        self._client.run(plans.proclaim(self.key, value, self.lease.id))
+        self.value = value
+
+    def resign(self) -> None:
+        """Lead no longer; the next candidate does.
+
+        >>> election = db.election("mayor")
+        >>> election.campaign("Ada")
+        True
+        >>> election.resign()
+        >>> election.leader() is None
+        True
+        """
+        self.release()
+
+    def leader(self) -> Leader | None:
+        """Who leads now, if anybody does.
+
+        >>> db.election("mayor").leader() is None
+        True
+        """
+        return next(iter(self.holders()), None)
+
+    def observe(self) -> Iterator[Leader | None]:
+        """Who leads, now and whenever that changes; None while nobody does. Ends never: leave the loop.
+
+        >>> with db.election("mayor", value="Ada"):
+        ...     for leader in db.election("mayor").observe():
+        ...         print(leader.value)
+        ...         break
+        Ada
+        """
+        told: list[Leader | None] = []
+        while True:
+            line, rev = self._client.run(plans.standing(self._prefix))
+            roll = Roll(self._prefix, line)
+            try:
+                with self._client.watch(prefix=self._prefix, from_rev=rev + 1) as watch:
+                    while True:
+                        if told != [roll.leader]:
+                            told = [roll.leader]
+                            yield roll.leader
+                        event = next(watch, None)
+                        if event is None:
+                            return
+                        roll.take(event)
+            except Compacted:
+                continue  # look again
+
+    def __enter__(self) -> Election:
+        self._take()
+        return self
+
+
+class Barrier:
+    """While somebody holds it, the others wait. Made by `Client.barrier`."""
+
+    def __init__(self, client: Client, name: str, ttl_s: float | None = None) -> None:
+        self.name = name
+        self.ttl_s = ttl_s
+        self._client = client
+        self._prefix = plans.prefix_of("barrier", name)
+        self._lease: Lease | None = None
+        self._key: str | None = None
+        self._token: int | None = None
+
+    @property
+    def token(self) -> int:
+        """The revision since which it is held here. Raises BadRequest where it is not."""
+        if self._token is None:
+            raise BadRequest(f"The barrier {self.name!r} is not held here.")
+        return self._token
+
+    def hold(self) -> None:
+        """Raise it. Others may hold it as well: it falls when all have released it.
+
+        >>> barrier = db.barrier("release")
+        >>> barrier.hold()
+        >>> barrier.release()
+        """
+        if self._key is not None:
+            return
+        if self.ttl_s is None:
+            number = int.from_bytes(os.urandom(8))
+        else:
+            self._lease = self._client.lease(self.ttl_s).keep()
+            number = self._lease.id
+        key = plans.key_of(self._prefix, number)
+        put = questions.put(key, whoami(), None, self._lease)
+        self._token = self._client.run(plans.insist(put, lambda: True)).rev
+        self._key = key
+
+    def release(self) -> None:
+        """Let it fall, as far as this holder is concerned."""
+        key, self._key, self._token = self._key, None, None
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            _give_back(lease)
+        elif key is not None:
+            self._client.run(plans.insist(questions.delete(key), lambda: True))
+
+    def wait(self, wait_s: float | None = None) -> bool:
+        """Wait until nobody holds it, `wait_s` seconds at most. Returns whether it fell.
+
+        >>> db.barrier("release").wait()
+        True
+        """
+        return self._client.run(plans.fallen(self._prefix, Patience(now, None if wait_s is None else now() + wait_s)))
+
+    def clear(self) -> None:
+        """Let it fall, whoever holds it: for a holder that died, and held it without a `ttl_s`.
+
+        >>> db.barrier("release").hold()
+        >>> db.barrier("release").clear()
+        >>> db.barrier("release").wait(wait_s=0)
+        True
+        """
+        line, _ = self._client.run(plans.standing(self._prefix))
+        if line:
+            self._client.run(plans.insist(questions.delete_all([item.key for item in line]), lambda: True))
+
+    def __enter__(self) -> Barrier:
+        self.hold()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class DoubleBarrier:
+    """What `count` participants enter together and leave together. Made by `Client.double_barrier`."""
+
+    def __init__(self, client: Client, name: str, count: int, ttl_s: float = 10.0) -> None:
+        self.name = name
+        self.count = count
+        self.ttl_s = ttl_s
+        self._client = client
+        self._prefix = plans.prefix_of("double", name)
+        self._lease: Lease | None = None
+        self._met: set[str] = set()
+
+    def enter(self, wait_s: float | None = None) -> bool:
+        """Come, and wait until `count` are there. Returns whether they were within `wait_s`.
+
+        >>> barrier = db.double_barrier("round", 1)
+        >>> barrier.enter(), barrier.leave()
+        (True, True)
+        """
+        lease = self._client.lease(self.ttl_s).keep()
+        patience = Patience(now, None if wait_s is None else now() + wait_s, lambda: lease.until_s)
+        met = None
+        try:
+            met = self._client.run(plans.meet(self._prefix, self.count, lease.id, patience))
+        finally:
+            if met is None:
+                _give_back(lease)
+            else:
+                self._lease, self._met = lease, met
+        return met is not None
+
+    def leave(self, wait_s: float | None = None) -> bool:
+        """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            raise BadRequest(f"The barrier {self.name!r} was not entered.")
+        lease.close()
+        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        return self._client.run(plans.part(self._prefix, self._met, lease.id, patience))
+
+    def __enter__(self) -> DoubleBarrier:
+        self.enter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.leave()
+        elif self._lease is not None:
+            lease, self._lease = self._lease, None
+            _give_back(lease)
+
+
+class _Sessional:
+    """What does its writes exactly once: under the session of the block around it, or under one of its own."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self.name = name
+        self._client = client
+        self._session: Session | None = None
+
+    def close(self) -> None:
+        """End its own session. May be called twice."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _numbers(self) -> Numbers:
+        around = keeping.current(self._client)
+        if around is not None:
+            return around
+        if self._session is None:
+            self._session = self._client.session().open()
+        return self._session.numbers
+
+    def _once(self, plan: Callable[[Numbers], Plan[Any]]) -> Any:
+        """Carry out a plan under the session; under a new one where the cluster has forgotten its own meanwhile."""
+        try:
+            return self._client.run(plan(self._numbers()))
+        except SessionExpired as error:
+            if not error.definite or keeping.current(self._client) is not None:
+                raise
+        self.close()
+        return self._client.run(plan(self._numbers()))
+
+
+class Queue(_Sessional):
+    """First in, first out, each item taken by exactly one. Made by `Client.queue`.
+
+    Made in one thread, it may be used by others. Close it, or use it in a `with` statement.
+    """
+
+    def put(self, value: Any) -> int:
+        """Put `value` at the end, exactly once. Returns its ticket, which grows from item to item.
+
+        >>> with db.queue("letters") as queue:
+        ...     queue.put("to Ada") < queue.put("to Bob")
+        True
+        """
+        ticket: int = self._once(lambda numbers: plans.append(self.name, value, numbers))
+        return ticket
+
+    def get(self, wait_s: float | None = None) -> Any:
+        """Take the first item, waiting for one. Returns its value. Raises NotInTime where there is none within `wait_s`.
+
+        What is taken is taken: a consumer that dies with an item in its hands takes it along.
+
+        >>> with db.queue("letters") as queue:
+        ...     _ = queue.put("to Ada")
+        ...     queue.get()
+        'to Ada'
+        """
+        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        item = self._once(lambda numbers: plans.take(self.name, numbers, patience))
+        if item is None:
+            raise NotInTime(f"The queue {self.name!r} was empty for {wait_s} s.")
+        return item.value
+
+    def __len__(self) -> int:
+        return self._client.ask(questions.count(plans.prefix_of("queue", self.name)))
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Counter(_Sessional):
+    """A number to which any may add, each addition counted exactly once. Made by `Client.counter`."""
+
+    @property
+    def key(self) -> str:
+        """Where it is kept."""
+        return f"{plans.ROOT}counter/{self.name}"
+
+    @property
+    def value(self) -> int:
+        """What it is now."""
+        item = self._client.ask(questions.get(self.key))
+        return item.value if item is not None else 0
+
+    def incr(self, by: int = 1) -> int:
+        """Add `by`, exactly once. Returns what that makes.
+
+        >>> with db.counter("visits") as counter:
+        ...     counter.incr(), counter.incr(-1), counter.value
+        (1, 0, 0)
+        """
+        value: int = self._once(lambda numbers: plans.ask(numbers.stamp(questions.incr(self.key, by)))).value
+        return value
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
