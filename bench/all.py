@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
 
 from bench import report
 from bench.systems import REPOSITORY
@@ -82,10 +85,27 @@ def do(part: Part, mode: str, where: Path, etcd: str | None) -> int:
     words = command(part, mode, where / "data", draft.resolve(), etcd)
     printed = draft if part.module == "cost" else where / f"{part.name}.txt"
     with printed.open("wb") as output:
-        code = subprocess.run(words, stdout=output, stdin=subprocess.DEVNULL, cwd=REPOSITORY).returncode
+        code = carry_out(words, output)
     if code == 0:
         draft.replace(final)
     return code
+
+
+def carry_out(words: Sequence[str], output: BinaryIO) -> int:
+    """Run a command to its end; returns its exit code.
+
+    An interrupt is passed on once, and then it is waited for: the command has servers of its own to end. It runs in a
+    session of its own, or a terminal would interrupt it a second time while it does.
+    """
+    process = subprocess.Popen(words, stdout=output, stdin=subprocess.DEVNULL, cwd=REPOSITORY, start_new_session=True)
+    told = False
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            if not told:
+                told = True
+                process.send_signal(signal.SIGINT)
 
 
 def finished(where: Path, part: Part) -> Path:
@@ -164,6 +184,10 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     p = parser()
@@ -174,6 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parts = [part for part in PARTS if part.name in wanted]
     where = a.dir.resolve() / a.mode
     etcd = str(Path(a.etcd).resolve()) if a.etcd else None
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         (where / "data").mkdir(parents=True, exist_ok=True)
         code = measure(parts, a.mode, where, etcd, lambda text: print(f"== {text}", file=sys.stderr, flush=True))
@@ -188,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 
 from bench import all as every
 from bench import goals, limits, prototype, report
+from tests.harness import REPOSITORY, environment, wait
 from tests.test_bench_tools import result
 
 
@@ -175,6 +178,27 @@ def test_a_part_that_fails_is_told_and_the_others_are_done(
     where = tmp_path / "quick"
     assert not (where / "bad.json").exists() and (where / "good.json").exists() and not (where / "data").exists()
     assert "bare loop" in (where / "performance.md").read_text() and "goals:" in said.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_part_and_its_servers(number: int, tmp_path: Path) -> None:
+    options = "--systems ddb --only put --rounds 1 --seconds 60 --rehearsal 0"
+    program = (
+        "import sys; from bench import all as every; "
+        f"every.PARTS = (every.Part('long', 'peers', {options!r}, 1, '', 1),); "
+        f"sys.exit(every.main(['--quick', '--dir', {str(tmp_path)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE
+    )
+    try:
+        wait(lambda: list(tmp_path.glob("quick/data/*/ddb/n3/log")), what="a cluster", timeout_s=30)
+        process.send_signal(number)
+        assert process.wait(40) == every.INTERRUPTED
+        assert not (tmp_path / "quick" / "data").exists() and not (tmp_path / "quick" / "long.json").exists()
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_an_interrupt_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
