@@ -114,7 +114,8 @@ def write(connection: sqlite3.Connection, extract: Extract) -> Kept:
             connection.execute(INSERT_MANY, [field for row in some for field in row])
         else:
             connection.executemany(INSERT_ONE, some)
-        time.sleep(PAUSE_S)
+        if len(some) == ROWS_A_STATEMENT:
+            time.sleep(PAUSE_S)
     floor = extract.floor
     totals = f"SELECT count(*), coalesce(sum(crc), 0), coalesce(sum({SIZE}), 0) FROM history"
     count, total, size = connection.execute(totals).fetchone()

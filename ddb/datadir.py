@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class DataDirectory:
 
     def save(self, identity: Identity) -> None:
         """Make `identity` the directory's, durably."""
-        text = json.dumps(asdict(identity), indent=1)
+        text = json.dumps({field.name: getattr(identity, field.name) for field in fields(identity)}, indent=1)
         try:
             replace_durably(self._disk, self.path / "identity.json", text.encode())
         except OSError as error:

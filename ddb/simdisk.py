@@ -15,10 +15,9 @@ Laws:
 Theory. A file is three things: what is durable, what is to be seen now, and the ranges that differ because they were
 written in between. So a small write into a large file costs what it writes. Names are kept twice likewise.
 
-A database is SQLite's own, in memory, whose content is loaded from the simulated file, and goes back into it at each
-commit: one changing operation, durable at once where `PRAGMA synchronous` is FULL. SQLite is trusted to leave the commit
-before or the one after, whatever happens in between. Where `synchronous` is less, a commit is just unsynced bytes. The
-memory outlives the connection, for the next one to the same file: to load it costs more than most of what is asked of it.
+A database (simbase.py) is loaded from the simulated file, and goes back into it at each commit: one changing operation,
+durable at once where `PRAGMA synchronous` is FULL. SQLite is trusted to leave the commit before or the one after,
+whatever happens in between. Where `synchronous` is less, a commit is just unsynced bytes.
 """
 
 from __future__ import annotations
@@ -27,18 +26,16 @@ import errno
 import random
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, cast
+
+from ddb.simbase import Memory, SimConnection, sqlite_error
 
 SECTOR_BYTES: Final = 16  # small, so that short records tear too
 SURVIVAL: Final = (0.0, 0.1, 0.5, 0.9, 1.0)  # how likely a sector is to outlive a crash: drawn for each file
-SYNCHRONOUS_FULL: Final = 2
-NOT_WRITING: Final = frozenset({"SELECT", "PRAGMA", "BEGIN", "ROLLBACK", "EXPLAIN", "VALUES"})
-
-Parameters = Any
 
 
 class Crash(BaseException):
@@ -194,7 +191,7 @@ class SimDisk:
         self.on_change: Callable[[str, Path], None] | None = None
         self.down = False
         self._reading: dict[int, None] = {}  # handles that nothing may be written to
-        self._spares: dict[File, _Memory] = {}  # of connections that were closed
+        self._spares: dict[File, Memory] = {}  # of connections that were closed
         self._next_handle = 1
 
     # -- what a test or a simulator does
@@ -429,7 +426,7 @@ class SimDisk:
         except OSError as error:
             raise sqlite_error(sqlite3.SQLITE_CANTOPEN, "unable to open database file") from error
         self._next_handle += 1
-        memory = self._spares.pop(file) if file in self._spares else _Memory()
+        memory = self._spares.pop(file) if file in self._spares else Memory()
         connection = SimConnection(self, self._next_handle, file, memory, frozen)
         self.connections[self._next_handle] = connection
         return cast(sqlite3.Connection, connection)
@@ -453,6 +450,11 @@ class SimDisk:
         if self.room_bytes is not None:
             self.room_bytes -= grows
         file.commit(content, durable)
+
+    def expect_up(self) -> None:
+        """See simbase.Disk."""
+        if self.down:
+            raise Crash
 
     # -- within
 
@@ -492,12 +494,14 @@ class SimDisk:
         self.room_bytes -= grows
         return data
 
-    def spare(self, file: File, memory: _Memory) -> None:
-        """A connection to `file` is closed, and its memory may be the next one's."""
-        if file in self._spares or self.names.get(file.path) is not file:
-            memory.sqlite.close()
-        else:
+    def closed(self, handle: int, file: File, memory: Memory | None) -> None:
+        """See simbase.Disk."""
+        self.connections.pop(handle, None)
+        if memory is not None and self.names.get(file.path) is file:
+            self._drop_spare(file)
             self._spares[file] = memory
+        elif memory is not None:
+            memory.sqlite.close()
 
     def _drop_spare(self, file: File | None) -> None:
         if file is not None and (memory := self._spares.pop(file, None)) is not None:
@@ -553,146 +557,3 @@ class SimDisk:
     def _expect_directory(self, path: Path) -> None:
         if path not in self.directories:
             raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-
-
-class _Memory:
-    """A database of SQLite's own, and which version of a file it was loaded with."""
-
-    __slots__ = ("loaded", "sqlite", "version")
-
-    def __init__(self) -> None:
-        self.sqlite = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        self.version = -1
-        self.loaded = b""
-
-
-class SimConnection:
-    """A connection to a database in a simulated file: of a sqlite3.Connection, what a program needs. What a statement
-    answers is fetched at once, so that it is of one moment even when the file changes meanwhile, as a reader's view is
-    in SQLite."""
-
-    __slots__ = ("_disk", "_file", "_frozen", "_handle", "_memory", "_sqlite")
-
-    def __init__(self, disk: SimDisk, handle: int, file: File, memory: _Memory, frozen: bool) -> None:
-        self._disk = disk
-        self._handle = handle
-        self._file = file
-        self._frozen = frozen
-        self._memory: _Memory | None = memory
-        self._sqlite = memory.sqlite
-        if memory.version >= 0:
-            self._sqlite.execute(f"PRAGMA synchronous={SYNCHRONOUS_FULL}")  # as in a new one
-        if frozen:
-            self._sqlite.execute("PRAGMA query_only=ON")
-
-    @property
-    def in_transaction(self) -> bool:
-        """sqlite3.Connection.in_transaction."""
-        return self._memory is not None and self._sqlite.in_transaction
-
-    def execute(self, sql: str, parameters: Parameters = (), /) -> sqlite3.Cursor:
-        """sqlite3.Connection.execute; of the cursor, only what reads rows is there."""
-        memory = self._refreshed()
-        cursor = self._sqlite.execute(sql, parameters)
-        if cursor.description is None:
-            self._settle(memory, sql)
-            return cursor
-        rows = _Rows(cursor.fetchall())
-        self._settle(memory, sql)
-        return cast(sqlite3.Cursor, rows)
-
-    def executemany(self, sql: str, parameters: Iterable[Parameters], /) -> sqlite3.Cursor:
-        """sqlite3.Connection.executemany."""
-        memory = self._refreshed()
-        cursor = self._sqlite.executemany(sql, parameters)
-        self._settle(memory, sql)
-        return cursor
-
-    def backup(self, target: SimConnection, **options: Any) -> None:
-        """sqlite3.Connection.backup, into another simulated database."""
-        self._refreshed()
-        memory = target._refreshed()
-        self._sqlite.backup(target._sqlite, **options)
-        target._settle(memory, "BACKUP")
-
-    def close(self) -> None:
-        """sqlite3.Connection.close, which changes nothing on the disk; also when that is down."""
-        memory, self._memory = self._memory, None
-        if memory is None:
-            return
-        self._disk.connections.pop(self._handle, None)
-        if self._frozen or memory.sqlite.in_transaction:
-            memory.sqlite.close()
-        else:
-            self._disk.spare(self._file, memory)
-
-    def _refreshed(self) -> _Memory:
-        """The memory in which, outside a transaction, is what is in the file."""
-        if self._disk.down:
-            raise Crash
-        memory, file = self._memory, self._file
-        if memory is None:
-            raise sqlite3.ProgrammingError("Cannot operate on a closed database.")
-        if memory.version != file.version and not self._sqlite.in_transaction:
-            content = bytes(file.now)
-            self._sqlite.deserialize(content or _EMPTY)
-            memory.loaded, memory.version = content, file.version
-        return memory
-
-    def _settle(self, memory: _Memory, sql: str) -> None:
-        """After a statement: what it committed, if anything, goes into the file."""
-        if self._sqlite.in_transaction or sql.split(None, 1)[0].upper() in NOT_WRITING:
-            return
-        content = _unsigned(self._sqlite.serialize())
-        if content == (memory.loaded or _EMPTY):
-            return
-        (synchronous,) = self._sqlite.execute("PRAGMA synchronous").fetchone()
-        file = self._file
-        version, memory.version = memory.version, -1  # unless all goes well, what is in memory here did not happen
-        if version != file.version:
-            raise sqlite_error(sqlite3.SQLITE_BUSY, "database is locked")
-        self._disk.commit(file, content, synchronous >= SYNCHRONOUS_FULL)
-        memory.loaded, memory.version = content, file.version
-
-
-class _Rows:
-    """What a statement answered, read as from a cursor."""
-
-    def __init__(self, rows: list[Any]) -> None:
-        self._rows = iter(rows)
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._rows
-
-    def fetchone(self) -> Any:
-        return next(self._rows, None)
-
-    def fetchall(self) -> list[Any]:
-        return list(self._rows)
-
-
-def sqlite_error(code: int, text: str) -> sqlite3.OperationalError:
-    """The error that SQLite raises for `code`."""
-    error = sqlite3.OperationalError(text)
-    error.sqlite_errorcode = code
-    return error
-
-
-def _unsigned(content: bytes) -> bytes:
-    """`content` without the number of the SQLite that wrote it last (fileformat2.html §1.3.14): the same everywhere."""
-    return content[:96] + bytes(4) + content[100:]
-
-
-def _empty_database() -> bytes:
-    """A database of one page that holds nothing: SQLite loads no empty bytes."""
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    try:
-        connection.execute("CREATE TABLE made (and_gone)")
-        connection.execute("DROP TABLE made")
-        connection.execute("VACUUM")
-        return _unsigned(connection.serialize())
-    finally:
-        connection.close()
-
-
-_EMPTY: Final = _empty_database()
