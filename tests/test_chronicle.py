@@ -200,7 +200,7 @@ def test_history_from_before_what_is_kept_is_compacted() -> None:
 
 def test_memory_is_bounded_by_bytes() -> None:
     book = Book(Retention(entries=1000, bytes=20 * (CHANGE_BYTES + 1100)))
-    for i in range(200):
+    for _ in range(200):
         book.apply(put("a", "v" * 1000))
         assert book.chronicle._bytes <= book.chronicle.retention.bytes
     assert 180 <= book.chronicle.floor < 200
@@ -363,8 +363,8 @@ def test_a_revision_is_never_split_between_file_and_memory(stored: StoredBook) -
 
 def test_what_the_file_keeps_is_bounded_by_bytes(tmp_path: Path) -> None:
     book = StoredBook(tmp_path / "store.db", Retention(entries=1000, bytes=10_000))
-    for i in range(10):
-        for j in range(5):
+    for _ in range(10):
+        for _ in range(5):
             book.apply(put("a", "v" * 800))
         book.checkpoint()
         assert book.table.meta.kept.count <= 12
