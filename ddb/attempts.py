@@ -1,92 +1,20 @@
-"""Transactions that think: read, decide, write, and again where others came in between.
-
-Laws:
-
-1. What is committed is as if it had happened in one moment: every key that was read, found or not, is unchanged then.
-2. A transaction sees its own writes; nobody else sees them before it is committed.
-3. It ends: with success, or with the program's own exception, or with Conflict when its time is up.
-
-Theory. Nothing is locked (optimistic concurrency control). Each key read is remembered with its revision, 0 where there
-was none, and the commit is one `txn` on the condition that all of them still stand at these. It is tried again at
-once after the first conflict, and then after a pause that doubles, of which a random part is slept, so that those who
-collided don't meet again. A range can't be read this way: a key that somebody adds to it would go unnoticed.
-"""
+"""Transactions that think, for programs that block: the loop and the block of drafts.py, which has the laws."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ddb import questions
-from ddb.errors import BadRequest, Conflict
+from ddb.drafts import MISSING, Draft, Retrying
+from ddb.errors import BadRequest
 from ddb.questions import HasId, Question
-from ddb.results import Item, TxnResult
+from ddb.results import TxnResult
 
 T = TypeVar("T")
-
-PAUSE_FIRST_S: Final = 0.002
-PAUSE_MAX_S: Final = 0.25
-_DELETED: Final = object()
-
-
-class Draft:
-    """What a transaction has read and will write."""
-
-    def __init__(self) -> None:
-        self.reads: dict[str, int] = {}
-        self.writes: dict[str, dict[str, Any]] = {}
-        self._values: dict[str, Any] = {}
-
-    def own(self, key: str, default: Any) -> tuple[bool, Any]:
-        """Whether the transaction knows what `key` is by now, and that."""
-        if key not in self._values:
-            return False, None
-        value = self._values[key]
-        return True, default if value is _DELETED else value
-
-    def read(self, key: str, item: Item | None, default: Any) -> Any:
-        """Note what was read."""
-        self.reads[key] = item.rev if item is not None else 0
-        self._values[key] = item.value if item is not None else _DELETED
-        return item.value if item is not None else default
-
-    def put(self, key: str, value: Any, lease: int | HasId | None) -> None:
-        """Note a put."""
-        self.writes[key] = questions.put(key, value, None, lease).request
-        self._values[key] = value
-
-    def delete(self, key: str) -> None:
-        """Note a delete."""
-        self.writes[key] = questions.delete(key).request
-        self._values[key] = _DELETED
-
-    def commit(self) -> Question[TxnResult] | None:
-        """The commit, where there is anything to commit or to be sure of."""
-        if not self.reads and not self.writes:
-            return None
-        conditions = [{"key": key, "rev": rev} for key, rev in self.reads.items()]
-        return questions.txn(conditions, list(self.writes.values()))
-
-
-class Retrying:
-    """When a transaction is tried again."""
-
-    def __init__(self, timeout_s: float, now: Callable[[], float], rng: random.Random) -> None:
-        self._now = now
-        self._rng = rng
-        self._deadline_s = now() + timeout_s
-        self._pause_s = 0.0
-
-    def pause_s(self) -> float:
-        """How long to wait before the next attempt. Raises Conflict where there is no time for it."""
-        pause_s = self._rng.uniform(0, self._pause_s)
-        if self._now() + pause_s >= self._deadline_s:
-            raise Conflict("Others changed what this transaction read, each time that it was tried; it did nothing.")
-        self._pause_s = min(max(2 * self._pause_s, PAUSE_FIRST_S), PAUSE_MAX_S)
-        return pause_s
 
 
 class Asks(Protocol):
@@ -140,8 +68,8 @@ class Attempt:
         self._draft.delete(key)
 
     def __getitem__(self, key: str) -> Any:
-        value = self.get(key, _DELETED)
-        if value is _DELETED:
+        value = self.get(key, MISSING)
+        if value is MISSING:
             raise KeyError(key)
         return value
 
@@ -153,7 +81,7 @@ class Attempt:
         self.delete(key)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self.get(key, _DELETED) is not _DELETED
+        return isinstance(key, str) and self.get(key, MISSING) is not MISSING
 
     def __enter__(self) -> Attempt:
         return self

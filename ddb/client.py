@@ -298,7 +298,7 @@ class Client(Operations):
         """A queue: what anybody puts, one other gets, and nobody else does.
 
         >>> with db.queue("letters") as queue:
-        ...     queue.put("to Ada")
+        ...     _ = queue.put("to Ada")
         ...     queue.get(wait_s=1)
         'to Ada'
         """

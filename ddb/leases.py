@@ -8,6 +8,8 @@ raises is logged.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +31,11 @@ _CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
 def now() -> float:
     """Seconds of a clock that also goes on while the machine sleeps, where there is one."""
     return time.monotonic() if _CLOCK is None else time.clock_gettime(_CLOCK)
+
+
+def whoami() -> str:
+    """What a holder is called where it does not say: host and process."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 class Lease:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, plans, questions
 from ddb.errors import BadRequest, Compacted, DdbError, LockLost, NotInTime, SessionExpired
+from ddb.holding import Holding
 from ddb.keeping import Numbers
-from ddb.leases import Lease, Session, now
+from ddb.leases import Lease, Session, now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
 
 if TYPE_CHECKING:
@@ -27,15 +27,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ddb.client")
 
 
-def whoami() -> str:
-    """What a holder is called where it does not say: host and process."""
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
-class Semaphore:
+class Semaphore(Holding[Lease]):
     """Something that `limit` at a time hold, in the order of their asking. Made by `Client.semaphore`."""
-
-    kind = "semaphore"
 
     def __init__(
         self,
@@ -48,63 +41,10 @@ class Semaphore:
         value: Any = None,
         on_lost: Callable[[], object] | None = None,
     ) -> None:
-        if limit < 1:
-            raise BadRequest("`limit` must be at least 1: how many may hold it at a time.")
-        self.name = name
-        self.limit = limit
-        self.ttl_s = ttl_s
-        self.value = value
-        self._prefix = plans.prefix_of(self.kind, name)
+        super().__init__(name, limit, ttl_s, value)
         self._client = client
         self._wait_s = wait_s
         self._on_lost = on_lost
-        self._lease: Lease | None = None
-        self._token: int | None = None
-
-    @property
-    def held(self) -> bool:
-        """Whether it is held here, surely, now."""
-        return self._token is not None and not self.lost
-
-    @property
-    def lost(self) -> bool:
-        """Whether it was got, and may have gone to somebody else since."""
-        return self._token is not None and self._lease is not None and self._lease.lost
-
-    @property
-    def token(self) -> int:
-        """The fencing token: a revision, greater than that of every holder before. Raises BadRequest where it was not
-        got."""
-        if self._token is None:
-            raise BadRequest(f"The {self.kind} {self.name!r} is not held.")
-        return self._token
-
-    @property
-    def lease(self) -> Lease:
-        """The lease on which it hangs. Raises BadRequest where it was not got."""
-        if self._lease is None:
-            raise BadRequest(f"The {self.kind} {self.name!r} is not held.")
-        return self._lease
-
-    @property
-    def key(self) -> str:
-        """The key that stands for its being held here."""
-        return plans.key_of(self._prefix, self.lease.id)
-
-    @property
-    def guard(self) -> dict[str, Any]:
-        """A condition for `if_`: what is written with it is written only while this is held, whatever its holder
-        believes."""
-        return {"key": self.key, "exists": True}
-
-    def check(self) -> None:
-        """Raise LockLost where it may be lost.
-
-        >>> with db.lock("printer") as lock:
-        ...     lock.check()
-        """
-        if self.lost:
-            raise LockLost(f"The {self.kind} {self.name!r} may be held by somebody else by now.")
 
     def acquire(self, wait_s: float | None = None) -> bool:
         """Wait until it is held here, `wait_s` seconds at most (None: for ever; 0: only if it is free). Returns whether
@@ -115,8 +55,7 @@ class Semaphore:
         (True, False)
         >>> lock.release()
         """
-        if self._lease is not None:
-            raise BadRequest(f"This object holds the {self.kind} {self.name!r} already; make another one to wait.")
+        self._free()
         deadline_s = None if wait_s is None else now() + wait_s
         while self._lease is None:
             try:
@@ -127,13 +66,13 @@ class Semaphore:
         return True
 
     def _enter(self, deadline_s: float | None) -> bool:
-        lease = self._client.lease(self.ttl_s, on_lost=self._on_lost if self._on_lost else None)
+        lease = self._client.lease(self.ttl_s, on_lost=self._lost)
         patience = Patience(now, deadline_s, lambda: lease.until_s)
         value = whoami() if self.value is None else self.value
         item = None
         try:
             lease.keep()
-            item = self._client.run(plans.enter(self._prefix, self.limit, lease.id, value, patience))
+            item = self._client.run(plans.enter(self.prefix, self.limit, lease.id, value, patience))
         finally:
             if item is None:
                 _give_back(lease)
@@ -150,7 +89,7 @@ class Semaphore:
         True
         >>> lock.release()
         """
-        lease, self._lease, self._token = self._lease, None, None
+        lease = self._let_go()
         if lease is not None:
             _give_back(lease)
 
@@ -161,8 +100,7 @@ class Semaphore:
         ...     [holder.value for holder in lock.holders()]
         ['Ada']
         """
-        line, _ = self._client.run(plans.standing(self._prefix))
-        return [Leader(item.value, item.created) for item in line[: self.limit]]
+        return self._client.run(self._holders())
 
     def __enter__(self) -> Semaphore:
         self._take()
@@ -170,7 +108,7 @@ class Semaphore:
 
     def _take(self) -> None:
         if not self.acquire(self._wait_s):
-            raise NotInTime(f"The {self.kind} {self.name!r} did not become free within {self._wait_s} s.")
+            raise self._not_in_time(self._wait_s)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -178,12 +116,12 @@ class Semaphore:
         lost = self.lost
         self.release()
         if lost and kind is None:
-            raise LockLost(f"The {self.kind} {self.name!r} was lost within its block: what that did may have collided.")
+            raise self._lost_within()
 
-    def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__} {self.name!r} {self._token if self.held else 'lost' if self.lost else 'not held'}>"
-        )
+    def _lost(self) -> None:
+        """The lease may have ended. While it only waited, that is nobody's business: it begins anew."""
+        if self._token is not None and self._on_lost is not None:
+            self._on_lost()
 
 
 def _give_back(lease: Lease) -> None:
@@ -276,10 +214,10 @@ class Election(Lock):
         """
         told: list[Leader | None] = []
         while True:
-            line, rev = self._client.run(plans.standing(self._prefix))
-            roll = Roll(self._prefix, line)
+            line, rev = self._client.run(plans.standing(self.prefix))
+            roll = Roll(self.prefix, line)
             try:
-                with self._client.watch(prefix=self._prefix, from_rev=rev + 1) as watch:
+                with self._client.watch(prefix=self.prefix, from_rev=rev + 1) as watch:
                     while True:
                         if told != [roll.leader]:
                             told = [roll.leader]
@@ -303,7 +241,7 @@ class Barrier:
         self.name = name
         self.ttl_s = ttl_s
         self._client = client
-        self._prefix = plans.prefix_of("barrier", name)
+        self.prefix = plans.prefix_of("barrier", name)
         self._lease: Lease | None = None
         self._key: str | None = None
         self._token: int | None = None
@@ -329,7 +267,7 @@ class Barrier:
         else:
             self._lease = self._client.lease(self.ttl_s).keep()
             number = self._lease.id
-        key = plans.key_of(self._prefix, number)
+        key = plans.key_of(self.prefix, number)
         put = questions.put(key, whoami(), None, self._lease)
         self._token = self._client.run(plans.insist(put, lambda: True)).rev
         self._key = key
@@ -349,7 +287,7 @@ class Barrier:
         >>> db.barrier("release").wait()
         True
         """
-        return self._client.run(plans.fallen(self._prefix, Patience(now, None if wait_s is None else now() + wait_s)))
+        return self._client.run(plans.fallen(self.prefix, Patience(now, None if wait_s is None else now() + wait_s)))
 
     def clear(self) -> None:
         """Let it fall, whoever holds it: for a holder that died, and held it without a `ttl_s`.
@@ -359,7 +297,7 @@ class Barrier:
         >>> db.barrier("release").wait(wait_s=0)
         True
         """
-        line, _ = self._client.run(plans.standing(self._prefix))
+        line, _ = self._client.run(plans.standing(self.prefix))
         if line:
             self._client.run(plans.insist(questions.delete_all([item.key for item in line]), lambda: True))
 
@@ -381,7 +319,7 @@ class DoubleBarrier:
         self.count = count
         self.ttl_s = ttl_s
         self._client = client
-        self._prefix = plans.prefix_of("double", name)
+        self.prefix = plans.prefix_of("double", name)
         self._lease: Lease | None = None
         self._met: set[str] = set()
 
@@ -396,7 +334,7 @@ class DoubleBarrier:
         patience = Patience(now, None if wait_s is None else now() + wait_s, lambda: lease.until_s)
         met = None
         try:
-            met = self._client.run(plans.meet(self._prefix, self.count, lease.id, patience))
+            met = self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))
         finally:
             if met is None:
                 _give_back(lease)
@@ -411,7 +349,7 @@ class DoubleBarrier:
             raise BadRequest(f"The barrier {self.name!r} was not entered.")
         lease.close()
         patience = Patience(now, None if wait_s is None else now() + wait_s)
-        return self._client.run(plans.part(self._prefix, self._met, lease.id, patience))
+        return self._client.run(plans.part(self.prefix, self._met, lease.id, patience))
 
     def __enter__(self) -> DoubleBarrier:
         self.enter()

@@ -1,0 +1,115 @@
+"""What a lock, a semaphore or an election has in its hands: the same for programs that block and for asyncio.
+
+Laws: a token is known from the moment that it is held until it is given back; whether it may be lost is asked of the
+lease's own clock each time, so that nobody who was frozen is told an old truth.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from ddb import plans
+from ddb.errors import BadRequest, LockLost, NotInTime
+from ddb.plans import Leader, Plan
+
+
+class Leased(Protocol):
+    """What a lease tells of itself."""
+
+    @property
+    def id(self) -> int:
+        """What the cluster calls it."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether it may have ended."""
+
+
+L = TypeVar("L", bound=Leased)
+
+
+class Holding(Generic[L]):
+    """Something that `limit` at a time hold, whether it is held here, and by which lease."""
+
+    kind: ClassVar[str] = "semaphore"
+
+    def __init__(self, name: str, limit: int, ttl_s: float, value: Any) -> None:
+        if limit < 1:
+            raise BadRequest("`limit` must be at least 1: how many may hold it at a time.")
+        self.name = name
+        self.limit = limit
+        self.ttl_s = ttl_s
+        self.value = value
+        self.prefix = plans.prefix_of(self.kind, name)
+        self._lease: L | None = None
+        self._token: int | None = None
+
+    @property
+    def held(self) -> bool:
+        """Whether it is held here, surely, now."""
+        return self._token is not None and not self.lost
+
+    @property
+    def lost(self) -> bool:
+        """Whether it was got, and may have gone to somebody else since."""
+        return self._token is not None and self._lease is not None and self._lease.lost
+
+    @property
+    def token(self) -> int:
+        """The fencing token: a revision, greater than that of every holder before. Raises BadRequest where it was not
+        got."""
+        if self._token is None:
+            raise BadRequest(f"The {self.kind} {self.name!r} is not held.")
+        return self._token
+
+    @property
+    def lease(self) -> L:
+        """The lease on which it hangs. Raises BadRequest where it was not got."""
+        if self._lease is None:
+            raise BadRequest(f"The {self.kind} {self.name!r} is not held.")
+        return self._lease
+
+    @property
+    def key(self) -> str:
+        """The key that stands for its being held here."""
+        return plans.key_of(self.prefix, self.lease.id)
+
+    @property
+    def guard(self) -> dict[str, Any]:
+        """A condition for `if_`: what is written with it is written only while this is held, whatever its holder
+        believes."""
+        return {"key": self.key, "exists": True}
+
+    def check(self) -> None:
+        """Raise LockLost where it may be lost.
+
+        >>> with db.lock("printer") as lock:
+        ...     lock.check()
+        """
+        if self.lost:
+            raise LockLost(f"The {self.kind} {self.name!r} may be held by somebody else by now.")
+
+    def _let_go(self) -> L | None:
+        """Hold it no longer; returns the lease to end."""
+        lease, self._lease, self._token = self._lease, None, None
+        return lease
+
+    def _free(self) -> None:
+        """Raise BadRequest where it is held here already."""
+        if self._lease is not None:
+            raise BadRequest(f"This object holds the {self.kind} {self.name!r} already; make another one to wait.")
+
+    def _not_in_time(self, wait_s: float | None) -> NotInTime:
+        return NotInTime(f"The {self.kind} {self.name!r} did not become free within {wait_s} s.")
+
+    def _lost_within(self) -> LockLost:
+        return LockLost(f"The {self.kind} {self.name!r} was lost within its block: what that did may have collided.")
+
+    def _holders(self) -> Plan[list[Leader]]:
+        line, _ = yield from plans.standing(self.prefix)
+        return [Leader(item.value, item.created) for item in line[: self.limit]]
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} {self.name!r} {self._token if self.held else 'lost' if self.lost else 'not held'}>"
+        )

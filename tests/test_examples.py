@@ -1,0 +1,112 @@
+"""The example in each public docstring of the client runs, against a real node, and answers what it says.
+
+`db` is a client of that node, `servers` its address. Each docstring begins with an empty database. In aio.py `db` is an
+asyncio client, and the examples may `await`.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import doctest
+import importlib
+import inspect
+import io
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import ddb
+from tests.harness import Cluster
+
+BLOCKING = ["client", "operations", "attempts", "pipelines", "leases", "watching", "recipes"]
+OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
+
+
+def examples_of(module: str) -> Iterator[tuple[str, str]]:
+    """The names and docstrings of what is public in a module: its functions, classes, and their methods."""
+    room = importlib.import_module(f"ddb.{module}")
+    for name, thing in vars(room).items():
+        if name.startswith("_") or getattr(thing, "__module__", "") != room.__name__:
+            continue
+        if inspect.isfunction(thing) or inspect.isclass(thing):
+            yield name, inspect.getdoc(thing) or ""
+        if inspect.isclass(thing):
+            for part, value in vars(thing).items():
+                if inspect.isfunction(value) and not part.startswith("_"):
+                    yield f"{name}.{part}", value.__doc__ or ""
+
+
+def run(code: types.CodeType, names: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+    """Execute one example, awaiting what it awaits."""
+    waits = eval(code, names)  # the examples of this repository, and nobody else's
+    if inspect.iscoroutine(waits):
+        loop.run_until_complete(waits)
+
+
+def said_by(example: doctest.Example, names: dict[str, Any], loop: asyncio.AbstractEventLoop) -> str:
+    """What an interactive Python shows of one example."""
+    shown = io.StringIO()
+    show = sys.displayhook
+    with contextlib.redirect_stdout(shown):
+        try:
+            code = compile(example.source, "<example>", "single", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+            sys.displayhook = lambda value: print(repr(value)) if value is not None else None
+            run(code, names, loop)
+        except Exception as error:
+            if example.exc_msg is None:
+                raise AssertionError(f"line {example.lineno}: {example.source}{traceback.format_exc()}") from None
+            kind = f"{type(error).__module__}.{type(error).__qualname__}"
+            assert example.exc_msg.startswith(f"{kind}:"), f"{example.source} raised {error!r}"
+            return ""
+        finally:
+            sys.displayhook = show
+    assert example.exc_msg is None, f"{example.source} raised nothing"
+    return shown.getvalue()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One node without a registry."""
+    with Cluster(tmp_path_factory.mktemp("alone"), 1, registry=False) as cluster:
+        yield cluster
+
+
+def check(text: str, names: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
+    for example in doctest.DocTestParser().get_examples(text):
+        said = said_by(example, names, loop)
+        if example.exc_msg is None:
+            right = doctest.OutputChecker().check_output(example.want, said, OPTIONS)
+            assert right, f"{example.source}says\n{said}and not\n{example.want}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [pytest.param(text, id=f"{room}.{name}") for room in BLOCKING for name, text in examples_of(room) if ">>>" in text],
+)
+def test_an_example_answers_what_it_says(alone: Cluster, text: str) -> None:
+    with ddb.connect(alone.addresses) as db, contextlib.closing(asyncio.new_event_loop()) as loop:
+        db.batch([{"op": "delete", "key": key} for key in [*db, "none"]])
+        before = set(threading.enumerate())
+        check(text, {"db": db, "servers": alone.addresses, "ddb": ddb, "connect": ddb.connect}, loop)
+    assert set(threading.enumerate()) <= before, "no thread outlives its block, or its client"
+
+
+@pytest.mark.parametrize("room", BLOCKING)
+def test_every_public_method_has_an_example(room: str) -> None:
+    missing = [
+        name for name, text in examples_of(room) if "." in name and ">>>" not in text and name not in SHOWN_ELSEWHERE
+    ]
+    assert not missing
+
+
+SHOWN_ELSEWHERE = {
+    "Barrier.release", "DoubleBarrier.leave", "Lease.close", "Watch.start", "Later.settle", "Gathering.settle",
+    "Client.ask", "Queue.close", "Counter.close",
+}  # fmt: skip
