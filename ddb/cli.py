@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import ddb
-from ddb import clicluster, clidata, clitools, options
+from ddb import clicluster, clidata, clitools, completion, options
 from ddb.client import Client, connect
 from ddb.console import BROKEN_PIPE, ERROR, EXIT_CODES, INTERRUPTED, OK, Command, UsageError, complain, speak_utf8
 from ddb.errors import DdbError
@@ -44,6 +44,10 @@ def _shell(client: Client, args: argparse.Namespace) -> int:
     return shell.run(client, whole, lambda words: guarded(lambda: execute(words)))
 
 
+def _completion(client: Client, args: argparse.Namespace) -> int:
+    return completion.run(client, args, parser())
+
+
 _OWN: Final = (
     Command(
         "shell",
@@ -51,6 +55,14 @@ _OWN: Final = (
         "talk with the database: completion, history, help, JSON over several lines",
         ("ddb shell", "ddb shell < script"),
         _shell,
+        formats=(),
+    ),
+    Command(
+        "completion",
+        options.completion_options,
+        "print a script that completes commands, options and keys in bash or zsh",
+        ("ddb completion bash", "ddb completion keys user/"),
+        _completion,
         formats=(),
     ),
 )

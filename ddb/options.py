@@ -282,6 +282,12 @@ def import_options(parser: argparse.ArgumentParser) -> None:
     _quiet_option(parser)
 
 
+def completion_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb completion`."""
+    parser.add_argument("what", choices=("bash", "zsh", "keys"), help="a script, or the keys that PREFIX may become")
+    parser.add_argument("prefix", metavar="PREFIX", nargs="?", help="with keys: how they begin")
+
+
 def _quiet_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing where all went well")
 

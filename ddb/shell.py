@@ -10,9 +10,7 @@ Laws:
    blank is not kept.
 
 Theory. readline asks for one candidate after another for the word before the cursor, where *it* thinks that a word
-begins; what is offered here are whole words as they must be typed, less what stands before that place. Keys are offered
-like paths, one level at a time: below `user/` stand `user/7/` and `user/8/`, however many keys each of them holds. One
-scan of a single key finds the next level, and the scan after it begins behind that level.
+begins; what is offered here are whole words as they must be typed, less what stands before that place.
 
 Where there is no readline, all else works.
 """
@@ -32,7 +30,7 @@ from typing import Final
 
 from ddb import shellwords
 from ddb.client import Client
-from ddb.commands import prefix_end
+from ddb.completion import COMPLETION_S, KEYS, levels
 from ddb.console import ERROR, INTERRUPTED, OK, complain, say
 from ddb.errors import DdbError
 from ddb.formats import Format
@@ -44,8 +42,6 @@ try:
 except ImportError:  # a Python that was built without it
     readline = None  # type: ignore[assignment]
 
-COMPLETION_S: Final = 0.5
-CANDIDATES_MAX: Final = 60
 HISTORY_LINES: Final = 10_000
 PROMPT: Final = "ddb> "
 PROMPT_MORE: Final = "...> "
@@ -310,7 +306,7 @@ class Shell(cmd.Cmd):
     def _values(self, metavar: str, choices: Sequence[str], begun: str) -> list[str]:
         if choices:
             return [f"{choice} " for choice in choices if choice.startswith(begun)]
-        if metavar in ("KEY", "PREFIX"):
+        if metavar in KEYS:
             return [shellwords.quoted(key) for key in self.keys(begun)]
         if metavar == "NAME":
             names = [member.name for member in self._client.members(timeout_s=COMPLETION_S)]
@@ -319,7 +315,7 @@ class Shell(cmd.Cmd):
 
     def keys(self, prefix: str) -> list[str]:
         """The keys that begin with `prefix`, and where more levels lie below a `/`, that level. Raises DdbError."""
-        return list(_levels(self._client, prefix))
+        return list(levels(self._client, prefix))
 
     # ------------------------------------------------------------- history
 
@@ -373,37 +369,3 @@ def _position(usage: Usage, words: Sequence[str]) -> int:
         else:
             count += 1
     return count
-
-
-def _levels(client: Client, prefix: str) -> Iterator[str]:
-    """The next level of each key that begins with `prefix`, in order, and the last of all where there are more than
-    CANDIDATES_MAX: what all candidates have in common is then true of all the keys."""
-    deadline_s = time.monotonic() + COMPLETION_S
-    start, end = prefix, prefix_end(prefix)
-    for _ in range(CANDIDATES_MAX):
-        level = _level(client, prefix, start, end, deadline_s)
-        if level is None:
-            return
-        yield level
-        following = prefix_end(level) if level.endswith("/") else level + "\0"
-        if following is None:
-            return
-        start = following
-    last = _level(client, prefix, start, end, deadline_s, reverse=True)
-    if last is not None:
-        yield last
-
-
-def _level(
-    client: Client, prefix: str, start: str, end: str | None, deadline_s: float, reverse: bool = False
-) -> str | None:
-    """The next level below `prefix` of the first key from `start` on (the last one below `end`, where `reverse`)."""
-    left_s = max(deadline_s - time.monotonic(), 0.001)
-    page = client.scan(
-        start=start, end=end, limit=1, keys_only=True, read="stale", reverse=reverse, timeout_s=left_s
-    )  # fmt: skip
-    if not page.items:
-        return None
-    key = page.items[0].key
-    slash = key.find("/", len(prefix))
-    return key if slash < 0 else key[: slash + 1]
