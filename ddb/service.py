@@ -107,7 +107,8 @@ class NodeService:
         self._watching: Watching | None = None
         self._ops: dict[str, Callable[[Request, Slot], None]] = {
             **dict.fromkeys(WRITES, self._write),
-            **dict.fromkeys((*READS, "watch"), self._read),
+            **dict.fromkeys(READS, self._read),
+            "watch": self._watch,
             "ping": self._ping,
             "status": self._status,
             "ready": self._ready,
@@ -248,6 +249,11 @@ class NodeService:
             line.held.append((writes, request, slot))
             return None
         return line
+
+    def _watch(self, request: Request, slot: Slot) -> None:
+        """What stands behind it on its connection is not looked at: if it succeeds, the connection is the watch's."""
+        slot.connection.await_reply(slot)
+        self._read(request, slot)
 
     def _read(self, request: Request, slot: Slot) -> None:
         line = self._in_line(False, request, slot)

@@ -80,7 +80,6 @@ class Watching:
     def watch(self, request: dict[str, Any], slot: Slot) -> None:
         """Begin a watch. Raises what is wrong with it; what can't be known yet is told to `slot`."""
         wanted = prepare_watch(request)
-        slot.connection.await_reply(slot)
         if wanted.first is None:
             self._replica.read(NOTHING, _Confirmed(slot, lambda: self._begin(wanted, slot)))
         else:

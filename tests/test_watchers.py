@@ -103,7 +103,6 @@ class Carrier:
         self.closing = False
         self.stream: Stream | None = None
         self.on_close: Callable[[], None] | None = None
-        self.awaited: Any = None
         self.most_bytes = 0
 
     @property
@@ -121,9 +120,6 @@ class Carrier:
 
     def close_when_flushed(self) -> None:
         self.closing = True
-
-    def await_reply(self, slot: Any) -> None:
-        self.awaited = slot
 
     def drain(self, pieces: int | None = None) -> None:
         """The client takes some pieces of the output (None: all, until nothing more comes)."""
@@ -222,7 +218,7 @@ def test_a_watch_without_from_begins_where_the_confirmation_finds_the_node() -> 
     node = Node()
     node.apply(put("a", 1))
     slot = node.watch(key="a")
-    assert slot.connection.awaited is slot and not slot.done
+    assert not slot.done
     node.apply(put("a", 2))
     node.confirm()
     assert slot.first == {"ok": True, "watch": True, "rev": 2}
