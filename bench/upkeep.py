@@ -213,8 +213,8 @@ def join(system: System, plan: Plan, before_s: float, say: Say) -> dict[str, Any
         while not _is_voter(await_leader_of(system, newcomer), newcomer):
             load.wait(LOOK_S)
             newcomer.check()
-            if time.perf_counter() > began + READY_TIMEOUT_S:
-                raise RuntimeError(f"{newcomer.name} has not become a voter in {READY_TIMEOUT_S:.0f} s")
+            if time.perf_counter() > began + outages.GIVE_UP_S:
+                raise RuntimeError(f"{newcomer.name} has not become a voter in {outages.GIVE_UP_S:.0f} s")
         meanwhile = Window(began, time.perf_counter())
         after = load.wait(AFTER_S)
     ops = [within(load.result, [w], touched=False).summary() for w in (before, meanwhile, after)]
