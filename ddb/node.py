@@ -333,7 +333,7 @@ class Node:
             self._identity_due = True
         if self._identity_due and now >= self._next_identity_at:
             self._settle_identity(now)
-        if self.replica.is_leader and now >= self._next_membership_at and not self._leave_phase:
+        if now >= self._next_membership_at and self.replica.is_leader and not self._leave_phase:
             self._next_membership_at = now + MEMBERSHIP_EVERY_S
             self._tend_members()
         if self.replica.read_only:

@@ -396,14 +396,17 @@ class Raft:
         """What is to be done because of all inputs since the last call; NOTHING where that is nothing."""
         if self._leadership is not None:
             self._leadership.send_appends(now)
-        out = self._out
-        if self._is_idle(out):
+        out, owes_hard_state = self._out, self._owes_hard_state
+        if not (
+            out.messages or out.after_save or out.batches or self._ack or out.reads or self.commit > self._emitted
+            or owes_hard_state or out.chunks or out.needs_snapshot or out.reset
+        ):  # fmt: skip
             return NOTHING
         self._out = Ready()
         if self._ack is not None:
             out.after_save.append(self._ack)
             self._ack = None
-        if self._owes_hard_state:
+        if owes_hard_state:
             out.hard_state = self._handed_out = HardState(self.term, self.vote, self.doubt)
         if self.commit > self._emitted:
             out.committed = self.log.span(self._emitted, self.commit)
@@ -415,12 +418,6 @@ class Raft:
         """Whether term, vote and doubt are not those that were last handed out for saving."""
         handed_out = self._handed_out
         return handed_out.term != self.term or handed_out.vote != self.vote or handed_out.doubt != self.doubt
-
-    def _is_idle(self, out: Ready) -> bool:
-        return not (
-            out.messages or out.after_save or out.batches or self._ack or out.reads or self.commit > self._emitted
-            or self._owes_hard_state or out.chunks or out.needs_snapshot or out.reset
-        )  # fmt: skip
 
     # --- terms and elections ------------------------------------------------------------------------------------
 

@@ -284,7 +284,7 @@ class Replica:
         """Let time pass."""
         self.raft.tick(now)
         self._deferred_due = True
-        if self.is_leader and not self.diverged:
+        if self.raft.role is Role.LEADER and not self.diverged:
             self.raft.digest = (self.machine.applied, self.machine.table.digest)
         if now >= self._expire_at:
             self._expire_at = now + EXPIRE_EVERY_S

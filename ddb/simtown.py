@@ -194,9 +194,10 @@ class Town:
 
         def turn_done(host: Host) -> None:
             nonlocal looked
+            leads = raft._leadership
             seen = (
-                raft.term, raft.role, raft.commit, raft.durable, log.last_index, raft.doubt, raft.config_index,
-                raft.transfer_to, sync.writing, data.identity,
+                raft.term, raft.role, raft.commit, raft.durable, log.last_index, raft.doubt, raft._configs[-1][0],
+                leads and leads.transfer_to, sync._begun, sync._store._checkpoint, data.identity,
             )  # fmt: skip
             if looked != seen:
                 looked = seen
