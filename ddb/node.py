@@ -45,7 +45,7 @@ from ddb.service import NodeService
 from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
-from ddb.tenure import Tenure
+from ddb.tenure import SESSION_UNUSED_S, Tenure
 from ddb.world import OsWorld, World
 
 log = logging.getLogger("ddb.node")
@@ -78,6 +78,7 @@ class Settings:
     timing: Timing = Timing()
     bounds: Bounds = Bounds()
     segment_bytes_max: int = SEGMENT_BYTES_MAX
+    session_unused_s: float = SESSION_UNUSED_S
     repair: bool = False
 
 
@@ -169,7 +170,7 @@ class Node:
             disk=self.world.disk,
         )  # fmt: skip
         self._closing.append(self.sync.close)
-        self.tenure = Tenure(self.replica, self.world.wall_ms)
+        self.tenure = Tenure(self.replica, self.world.wall_ms, settings.session_unused_s)
         self.replica.snapshots = self.sync
         self.replica.remember = self._remember
         raft.remembered = frozenset(self.data.identity.members)

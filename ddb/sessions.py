@@ -62,11 +62,11 @@ class Sessions:
         replies: list[tuple[int, int, bytes]] = []
         for name, value in ledger.records.items():
             if name.startswith(_KIND):
-                client, _, seq = name[len(_KIND) :].partition("/")
+                client, *seq = map(int, name[len(_KIND) :].split("/"))
                 if seq:
-                    replies.append((int(client), int(seq), value))
+                    replies.append((client, seq[0], value))
                 else:
-                    self._sessions[int(client)] = Session(*decode_trusted(value))
+                    self._sessions[client] = Session(*decode_trusted(value))
         for client, number, reply in replies:
             session = self._sessions[client]
             session.replies[number] = reply

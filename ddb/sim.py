@@ -29,11 +29,14 @@ from ddb.checker import check
 from ddb.errors import DdbError, InvariantError
 from ddb.simfaults import Fault, strike, swarm
 from ddb.simrules import LAWFUL, Violation
+from ddb.simtenants import TTLS_S
+from ddb.simtenure import ENDS
 from ddb.simtown import Plan, Town, draw_plan
 
 PROGRESS_S: Final = 90.0
 CHAOS_S: Final = 30.0
 LOOK_EVERY_STEPS: Final = 50
+LEASES_END_S: Final = max(TTLS_S) * 1.1 + 2.0  # when nobody keeps them alive, and nobody leads anew
 GRACE_S: Final = 10.0  # for clients to end their last call
 CONFIGURATIONS_MAX: Final = 4_000  # of the checker's search, for each key: a run is not to take minutes
 PROGRESS: Final = "a healed cluster elects a leader, converges and answers"
@@ -200,6 +203,8 @@ class Simulation:
         self.note("--- healed")
         for client in town.clients:
             client.stop()
+        for holder in town.holders:
+            holder.stop()
         agenda = town.agenda
         self._turn(agenda.now + GRACE_S, lambda: all(client.pending is None for client in town.clients))
         end_s = agenda.now + PROGRESS_S
@@ -213,6 +218,10 @@ class Simulation:
         self._turn(agenda.now + 10.0, lambda: bool(replies))
         if not self._is_over and (not replies or isinstance(replies[0], DdbError)):
             raise Violation(PROGRESS, "town", f"a write is answered with {replies}")
+        if not self._turn(agenda.now + LEASES_END_S, lambda: not town.tenure.leases) and not self._is_over:
+            raise Violation(
+                ENDS, "town", f"{LEASES_END_S:g} s after the last keep-alive there are {town.tenure.leases}"
+            )
 
     def _judge(self) -> None:
         """Hold what the clients saw against what could have been."""

@@ -230,7 +230,9 @@ def _clock_jump(fault: Fault, town: Town) -> Undo:
     host = town.hosts[town.victim(fault.where)]
     host.wall_ahead_ms += int((fault.how - 0.5) * 10 * 3_600_000)
     if fault.how > 0.5:
-        host.ahead_s += (fault.how - 0.5) * 4
+        jump_s = (fault.how - 0.5) * 4
+        host.ahead_s += jump_s
+        host.jumped_s += max(jump_s, 0.0)
     return None
 
 

@@ -68,6 +68,7 @@ class Host:
         self.down = False
         self.rate = 1.0  # of its steady clock
         self.ahead_s = 0.0  # of its steady clock
+        self.jumped_s = 0.0  # how far that was ever put forward, all in all
         self.wall_ahead_ms = 0
         self.fsync_s = FSYNC_S
         self.dirty: list[Connection] = []

@@ -28,6 +28,8 @@ from ddb.simduties import Duties
 from ddb.simhost import PORT, Host, SimWorld
 from ddb.simnet import Network
 from ddb.simrules import Rules, Violation
+from ddb.simtenants import Holder, SessionClient
+from ddb.simtenure import TenureRules
 from ddb.sync import Policy
 
 NODES_MAX: Final = 7
@@ -52,6 +54,9 @@ class Plan:
     segment_bytes_max: int
     replace_after_s: float
     skew: bool  # whether the clocks run at different rates
+    sessions: int = 0  # clients with a session
+    holders: int = 0  # clients with a lease
+    session_unused_s: float = 3600.0
 
 
 def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
@@ -80,6 +85,9 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         segment_bytes_max=rng.choice([1 << 10, 8 << 10]) if small else 64 << 10,
         replace_after_s=rng.choice([3.0, 8.0]),
         skew=rng.random() < 0.3,
+        sessions=rng.choice([0, 1, 2]),
+        holders=rng.choice([0, 1, 2]),
+        session_unused_s=rng.choice([1.0, 4.0, 3600.0]),
     )
 
 
@@ -123,8 +131,10 @@ class Town:
         self.rules = Rules(met, note)
         self.duties = Duties(self.rules)
         self.hosts: dict[str, Host] = {}
+        self.tenure = TenureRules(met, lambda: self.agenda.now, self.hosts)
         self.nodes: list[str] = []
         self.clients: list[Client] = []
+        self.holders: list[Holder] = []
         self.history: list[Operation] = []
         self.back_in_s: dict[str, float] = {}
         self.healed = False
@@ -174,12 +184,14 @@ class Town:
             timing=plan.timing,
             bounds=plan.bounds,
             segment_bytes_max=plan.segment_bytes_max,
+            session_unused_s=plan.session_unused_s,
             repair=host.name in self._repairs,
         )
         node = Node(settings, world)
         self._repairs.discard(host.name)
         self.rules.attach(host, node)
         self.duties.attach(host, node)
+        self.tenure.attach(host, node)
         host.on_turn_done = self._look_at(node)
         if self.note is not None:
             self.note(f"{host.name} has started: {node!r}")
@@ -367,6 +379,12 @@ class Town:
             host = self._host(f"c{number + 1}")
             own = random.Random(rng.getrandbits(64))
             self.clients.append(Client(host, addresses, keys, own, self.plan.pace_s, self._record))
+        for number in range(self.plan.sessions):
+            host, own = self._host(f"s{number + 1}"), random.Random(rng.getrandbits(64))
+            self.clients.append(SessionClient(host, addresses, keys, own, self.plan.pace_s, self._record, self.tenure))
+        for number in range(self.plan.holders):
+            host, own = self._host(f"h{number + 1}"), random.Random(rng.getrandbits(64))
+            self.holders.append(Holder(host, addresses, own, self.tenure))
 
     def _record(self, operation: Operation) -> None:
         self.history.append(operation)

@@ -50,10 +50,14 @@ GRACE_S: Final = 0.25  # for what waits in the sockets after one
 
 
 class Tenure:
-    """The deadlines that one member keeps while it leads. `wall_ms()` is what entries are stamped with."""
+    """The deadlines that one member keeps while it leads. `wall_ms()` is what entries are stamped with; a session that is
+    unused for `session_unused_s` is forgotten."""
 
-    def __init__(self, replica: Replica, wall_ms: Callable[[], int]) -> None:
+    def __init__(
+        self, replica: Replica, wall_ms: Callable[[], int], session_unused_s: float = SESSION_UNUSED_S
+    ) -> None:
         self._replica = replica
+        self._session_unused_s = session_unused_s
         self._wall_ms = wall_ms
         self._term = 0  # that is led, and counted in; 0: none
         self._begins_at: tuple[int, int] | None = None  # in which term, once which index is applied
@@ -81,7 +85,7 @@ class Tenure:
         if self._due and self._due[0][0] <= now:
             self._expire_leases(now)
         if now >= self._sessions_at:
-            self._sessions_at = now + SESSIONS_EVERY_S
+            self._sessions_at = now + min(SESSIONS_EVERY_S, self._session_unused_s / 10)
             self._expire_sessions(now)
 
     def leads(self, now: float) -> bool:
@@ -185,7 +189,7 @@ class Tenure:
             known = self._used.get(client)
             used[client] = known if known is not None and known[0] == rev else (rev, now)
         self._used = used
-        unused = ((client, rev) for client, (rev, since) in used.items() if now - since >= SESSION_UNUSED_S)
+        unused = ((client, rev) for client, (rev, since) in used.items() if now - since >= self._session_unused_s)
         ending = sorted(islice(unused, EXPIRED_AT_ONCE_MAX))
         if ending:
             log.info("%r: %d sessions were not used for long", self._replica, len(ending))

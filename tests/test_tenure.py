@@ -18,22 +18,21 @@ COMMIT_S = 0.02  # how long it may take until that is applied here
 class Office:
     """What leasing.py needs of a node."""
 
-    def __init__(self, town: LeaseTown, replica: Replica) -> None:
+    def __init__(self, town: LeaseTown, replica: Replica, session_unused_s: float) -> None:
         self.town = town
         self.replica = replica
-        self.tenure = Tenure(replica, lambda: 0)
-        self.rate = 1.0  # of its clock
+        self.tenure = Tenure(replica, lambda: 0, session_unused_s)
 
     def now(self) -> float:
-        return self.town.now * self.rate
+        return self.town.now
 
 
 class LeaseTown(Town):
     """A town whose members keep deadlines while they lead."""
 
-    def __init__(self, names: str = "abc", save_s: float = 0.0005) -> None:
-        super().__init__(names, save_s)
-        self.offices = {name: Office(self, replica) for name, replica in self.replicas.items()}
+    def __init__(self, names: str = "abc", session_unused_s: float = 3600.0) -> None:
+        super().__init__(names)
+        self.offices = {name: Office(self, replica, session_unused_s) for name, replica in self.replicas.items()}
         self.stopped: set[str] = set()
 
     def turn(self) -> None:
@@ -247,12 +246,8 @@ def test_the_time_left_is_known_to_the_leader_alone() -> None:
 # ---------------------------------------------------------------- sessions
 
 
-def test_a_session_that_nobody_uses_is_forgotten_after_an_hour_of_the_leader_s_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tenure, "SESSION_UNUSED_S", 3.0)
-    monkeypatch.setattr(tenure, "SESSIONS_EVERY_S", 0.2)
-    town = LeaseTown()
+def test_a_session_that_nobody_uses_is_forgotten_after_an_hour_of_the_leader_s_time() -> None:
+    town = LeaseTown(session_unused_s=3.0)
     leader = town.leads()
     idle, busy = (int(str(town.answer(town.write(leader, "session_open"))["client"])) for _ in range(2))
     opened = town.now
@@ -267,10 +262,8 @@ def test_a_session_that_nobody_uses_is_forgotten_after_an_hour_of_the_leader_s_t
     assert reply["error"] == "session_expired"
 
 
-def test_a_new_leader_gives_every_session_its_hour_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tenure, "SESSION_UNUSED_S", 2.0)
-    monkeypatch.setattr(tenure, "SESSIONS_EVERY_S", 0.1)
-    town = LeaseTown()
+def test_a_new_leader_gives_every_session_its_hour_again() -> None:
+    town = LeaseTown(session_unused_s=2.0)
     old = town.leads()
     client = int(str(town.answer(town.write(old, "session_open"))["client"]))
     town.wait(1.5)
