@@ -131,7 +131,7 @@ class TenureRules:
         gone: set[str] = set()
         for rev, (command, reply) in enumerate(zip(commands, replies, strict=True), batch.first):
             self._entry(host, rev, command, reply, gone)
-        for key in gone:
+        for key in sorted(gone):
             if node.replica.machine.table.row(key) is not None:
                 raise Violation(WITH_KEYS, host.name, f"{key!r} is there after its lease has gone, at {batch!r}")
         machine = node.replica.machine
