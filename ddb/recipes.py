@@ -118,10 +118,9 @@ class Semaphore(Holding[Lease]):
         if lost and kind is None:
             raise self._lost_within()
 
-    def _lost(self) -> None:
+    def _lost(self) -> object:
         """The lease may have ended. While it only waited, that is nobody's business: it begins anew."""
-        if self._token is not None and self._on_lost is not None:
-            self._on_lost()
+        return self._on_lost() if self._token is not None and self._on_lost is not None else None
 
 
 def _give_back(lease: Lease) -> None:
@@ -430,7 +429,12 @@ class Queue(_Sessional):
             raise NotInTime(f"The queue {self.name!r} was empty for {wait_s} s.")
         return item.value
 
-    def __len__(self) -> int:
+    def size(self) -> int:
+        """How many items it holds.
+
+        >>> db.queue("letters").size()
+        0
+        """
         return self._client.ask(questions.count(plans.prefix_of("queue", self.name)))
 
     def __enter__(self) -> Queue:
@@ -450,9 +454,12 @@ class Counter(_Sessional):
         """Where it is kept."""
         return f"{plans.ROOT}counter/{self.name}"
 
-    @property
-    def value(self) -> int:
-        """What it is now."""
+    def get(self) -> int:
+        """What it is now.
+
+        >>> db.counter("visits").get()
+        0
+        """
         item = self._client.ask(questions.get(self.key))
         return item.value if item is not None else 0
 
@@ -460,10 +467,11 @@ class Counter(_Sessional):
         """Add `by`, exactly once. Returns what that makes.
 
         >>> with db.counter("visits") as counter:
-        ...     counter.incr(), counter.incr(-1), counter.value
+        ...     counter.incr(), counter.incr(-1), counter.get()
         (1, 0, 0)
         """
-        value: int = self._once(lambda numbers: plans.ask(numbers.stamp(questions.incr(self.key, by)))).value
+        done = self._once(lambda numbers: plans.ask(numbers.stamp(questions.incr(self.key, by))))
+        value: int = done.value
         return value
 
     def __enter__(self) -> Counter:

@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 import ddb
+from ddb import aio
 from tests.harness import Cluster
 
+ASYNCIO = ["aio", "aiooperations", "aioblocks", "aioleases", "aiowatching", "aiorecipes"]
 BLOCKING = ["client", "operations", "attempts", "pipelines", "leases", "watching", "recipes"]
 OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 
@@ -86,27 +88,85 @@ def check(text: str, names: dict[str, Any], loop: asyncio.AbstractEventLoop) -> 
             assert right, f"{example.source}says\n{said}and not\n{example.want}"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [pytest.param(text, id=f"{room}.{name}") for room in BLOCKING for name, text in examples_of(room) if ">>>" in text],
-)
-def test_an_example_answers_what_it_says(alone: Cluster, text: str) -> None:
-    with ddb.connect(alone.addresses) as db, contextlib.closing(asyncio.new_event_loop()) as loop:
+def shown(rooms: list[str]) -> list[Any]:
+    """The docstrings with examples, as parameters of a test."""
+    return [
+        pytest.param(text, id=f"{room}.{name}") for room in rooms for name, text in examples_of(room) if ">>>" in text
+    ]
+
+
+def empty(cluster: Cluster) -> None:
+    with ddb.connect(cluster.addresses) as db:
         db.batch([{"op": "delete", "key": key} for key in [*db, "none"]])
-        before = set(threading.enumerate())
-        check(text, {"db": db, "servers": alone.addresses, "ddb": ddb, "connect": ddb.connect}, loop)
+
+
+@pytest.mark.parametrize("text", shown(BLOCKING))
+def test_an_example_answers_what_it_says(alone: Cluster, text: str) -> None:
+    empty(alone)
+    before = set(threading.enumerate())
+    with ddb.connect(alone.addresses) as db, contextlib.closing(asyncio.new_event_loop()) as loop:
+        check(text, {"db": db, "servers": alone.addresses, "connect": ddb.connect}, loop)
     assert set(threading.enumerate()) <= before, "no thread outlives its block, or its client"
 
 
-@pytest.mark.parametrize("room", BLOCKING)
+@pytest.mark.parametrize("text", shown(ASYNCIO))
+def test_an_example_for_asyncio_answers_what_it_says(alone: Cluster, text: str) -> None:
+    empty(alone)
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        db = aio.connect(alone.addresses)
+        try:
+            check(text, {"db": db, "servers": alone.addresses, "connect": aio.connect}, loop)
+        finally:
+            loop.run_until_complete(db.close())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        assert not asyncio.all_tasks(loop), "no task outlives its client"
+
+
+@pytest.mark.parametrize("room", [*BLOCKING, *ASYNCIO])
 def test_every_public_method_has_an_example(room: str) -> None:
-    missing = [
-        name for name, text in examples_of(room) if "." in name and ">>>" not in text and name not in SHOWN_ELSEWHERE
-    ]
-    assert not missing
+    missing = {name for name, text in examples_of(room) if "." in name and ">>>" not in text}
+    assert not missing - SHOWN_ELSEWHERE
 
 
 SHOWN_ELSEWHERE = {
-    "Barrier.release", "DoubleBarrier.leave", "Lease.close", "Watch.start", "Later.settle", "Gathering.settle",
-    "Client.ask", "Queue.close", "Counter.close",
+    "Barrier.release", "DoubleBarrier.leave", "Lease.close", "Lease.give_back", "Session.close", "Watch.start",
+    "Later.settle", "Gathering.settle", "Client.ask", "Client.enter", "Client.leave", "Queue.close", "Counter.close",
+    "Guest.close",
 }  # fmt: skip
+
+
+def names_of(thing: type) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("room", "twin", "names"),
+    [
+        ("client", "aio", ["Client", "connect"]),
+        ("operations", "aiooperations", ["Operations"]),
+        ("attempts", "aioblocks", ["Attempt"]),
+        ("pipelines", "aioblocks", ["Pipeline"]),
+        ("leases", "aioleases", ["Lease", "Session"]),
+        ("watching", "aiowatching", ["Watch"]),
+        ("recipes", "aiorecipes", ["Lock", "Semaphore", "Election", "Barrier", "DoubleBarrier", "Queue", "Counter"]),
+    ],
+)
+def test_the_asyncio_client_has_the_same_names_and_arguments(room: str, twin: str, names: list[str]) -> None:
+    for name in names:
+        blocking, awaited = (
+            getattr(importlib.import_module(f"ddb.{room}"), name),
+            getattr(importlib.import_module(f"ddb.{twin}"), name),
+        )
+        if inspect.isfunction(blocking):
+            assert list(inspect.signature(blocking).parameters) == list(inspect.signature(awaited).parameters)
+            continue
+        extra = names_of(awaited) - names_of(blocking)
+        assert not names_of(blocking) - names_of(awaited) and extra <= {"enter", "leave", "give_back"}
+        for method in names_of(blocking):
+            one, other = getattr(blocking, method), getattr(awaited, method)
+            if inspect.isfunction(one):
+                assert list(inspect.signature(one).parameters.items())[1:] == [] or [
+                    (p.name, p.kind, p.default) for p in inspect.signature(one).parameters.values()
+                ] == [(p.name, p.kind, p.default) for p in inspect.signature(other).parameters.values()], (
+                    f"{name}.{method}"
+                )

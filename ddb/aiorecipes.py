@@ -1,0 +1,472 @@
+"""Locks, semaphores, elections, barriers, queues and counters, for asyncio: those of recipes.py, one for one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ddb import keeping, plans, questions
+from ddb.aioleases import Lease, Session
+from ddb.errors import BadRequest, Compacted, LockLost, NotInTime, SessionExpired
+from ddb.holding import Holding
+from ddb.keeping import Numbers
+from ddb.leases import now, whoami
+from ddb.plans import Leader, Patience, Plan, Roll
+
+if TYPE_CHECKING:
+    from ddb.aio import Client
+
+_log = logging.getLogger("ddb.client")
+
+
+class Semaphore(Holding[Lease]):
+    """Something that `limit` at a time hold, in the order of their asking. Made by `Client.semaphore`."""
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        limit: int,
+        ttl_s: float = 10.0,
+        *,
+        wait_s: float | None = None,
+        value: Any = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(name, limit, ttl_s, value)
+        self._client = client
+        self._wait_s = wait_s
+        self._on_lost = on_lost
+
+    async def acquire(self, wait_s: float | None = None) -> bool:
+        """Wait until it is held here, `wait_s` seconds at most (None: for ever; 0: only if it is free). Returns whether
+        it is.
+
+        >>> lock = db.lock("printer")
+        >>> await lock.acquire(wait_s=1), await db.lock("printer").acquire(wait_s=0)
+        (True, False)
+        >>> await lock.release()
+        """
+        self._free()
+        deadline_s = None if wait_s is None else now() + wait_s
+        while self._lease is None:
+            try:
+                return await self._enter(deadline_s)
+            except LockLost:  # while waiting: begin anew, at the end of the line
+                if deadline_s is not None and now() >= deadline_s:
+                    return False
+        return True
+
+    async def _enter(self, deadline_s: float | None) -> bool:
+        lease = await self._client.lease(self.ttl_s, on_lost=self._lost)
+        patience = Patience(now, deadline_s, lambda: lease.until_s)
+        value = whoami() if self.value is None else self.value
+        item = None
+        try:
+            lease.keep()
+            item = await self._client.run(plans.enter(self.prefix, self.limit, lease.id, value, patience))
+        finally:
+            if item is None:
+                await lease.give_back()
+        if item is not None:
+            self._lease, self._token = lease, item.created
+        return item is not None
+
+    async def release(self) -> None:
+        """Give it back, at once: the next one may have it. Where the cluster can't be told, it is free when its lease has
+        run out.
+
+        >>> lock = db.lock("printer")
+        >>> await lock.acquire()
+        True
+        >>> await lock.release()
+        """
+        lease = self._let_go()
+        if lease is not None:
+            await lease.give_back()
+
+    async def holders(self) -> list[Leader]:
+        """Who holds it now, as the cluster sees it, the first one first: their values and tokens.
+
+        >>> async with db.lock("printer", value="Ada") as lock:
+        ...     [holder.value for holder in await lock.holders()]
+        ['Ada']
+        """
+        return await self._client.run(self._holders())
+
+    async def __aenter__(self) -> Semaphore:
+        await self._take()
+        return self
+
+    async def _take(self) -> None:
+        if not await self.acquire(self._wait_s):
+            raise self._not_in_time(self._wait_s)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        lost = self.lost
+        await self.release()
+        if lost and kind is None:
+            raise self._lost_within()
+
+    def _lost(self) -> object:
+        """The lease may have ended. While it only waited, that is nobody's business: it begins anew."""
+        return self._on_lost() if self._token is not None and self._on_lost is not None else None
+
+
+class Lock(Semaphore):
+    """Something that one at a time holds, in the order of asking. Made by `Client.lock`."""
+
+    kind = "lock"
+
+    def __init__(
+        self,
+        client: Client,
+        name: str,
+        ttl_s: float = 10.0,
+        *,
+        wait_s: float | None = None,
+        value: Any = None,
+        on_lost: Callable[[], object] | None = None,
+    ) -> None:
+        super().__init__(client, name, 1, ttl_s, wait_s=wait_s, value=value, on_lost=on_lost)
+
+    async def __aenter__(self) -> Lock:
+        await self._take()
+        return self
+
+
+class Election(Lock):
+    """An election: who campaigns leads in the end, one at a time. Made by `Client.election`. An `async with` block
+    campaigns and resigns."""
+
+    kind = "election"
+
+    async def campaign(self, value: Any = None, wait_s: float | None = None) -> bool:
+        """Stand, and wait until this candidate leads. `value` is what others see. Returns whether it leads within
+        `wait_s`.
+
+        >>> election = db.election("mayor")
+        >>> await election.campaign("Ada")
+        True
+        >>> await election.resign()
+        """
+        self.value = value if value is not None else self.value
+        return await self.acquire(wait_s)
+
+    async def proclaim(self, value: Any) -> None:
+        """Change what others see of this leader. Raises LockLost where it leads no more.
+
+        >>> async with db.election("mayor", value="Ada") as election:
+        ...     await election.proclaim("Ada, for the people")
+        ...     (await election.leader()).value
+        'Ada, for the people'
+        """
+        await self._client.run(plans.proclaim(self.key, value, self.lease.id))
+        self.value = value
+
+    async def resign(self) -> None:
+        """Lead no longer; the next candidate does.
+
+        >>> election = db.election("mayor")
+        >>> await election.campaign("Ada")
+        True
+        >>> await election.resign()
+        >>> await election.leader() is None
+        True
+        """
+        await self.release()
+
+    async def leader(self) -> Leader | None:
+        """Who leads now, if anybody does.
+
+        >>> await db.election("mayor").leader() is None
+        True
+        """
+        return next(iter(await self.holders()), None)
+
+    async def observe(self) -> AsyncIterator[Leader | None]:
+        """Who leads, now and whenever that changes; None while nobody does. Ends never: leave the loop.
+
+        >>> async with db.election("mayor", value="Ada"):
+        ...     async for leader in db.election("mayor").observe():
+        ...         print(leader.value)
+        ...         break
+        Ada
+        """
+        told: list[Leader | None] = []
+        while True:
+            line, rev = await self._client.run(plans.standing(self.prefix))
+            roll = Roll(self.prefix, line)
+            try:
+                async with self._client.watch(prefix=self.prefix, from_rev=rev + 1) as watch:
+                    while True:
+                        if told != [roll.leader]:
+                            told = [roll.leader]
+                            yield roll.leader
+                        event = await anext(watch, None)
+                        if event is None:
+                            return
+                        roll.take(event)
+            except Compacted:
+                continue  # look again
+
+    async def __aenter__(self) -> Election:
+        await self._take()
+        return self
+
+
+class Barrier:
+    """While somebody holds it, the others wait. Made by `Client.barrier`."""
+
+    def __init__(self, client: Client, name: str, ttl_s: float | None = None) -> None:
+        self.name = name
+        self.ttl_s = ttl_s
+        self._client = client
+        self.prefix = plans.prefix_of("barrier", name)
+        self._lease: Lease | None = None
+        self._key: str | None = None
+        self._token: int | None = None
+
+    @property
+    def token(self) -> int:
+        """The revision since which it is held here. Raises BadRequest where it is not."""
+        if self._token is None:
+            raise BadRequest(f"The barrier {self.name!r} is not held here.")
+        return self._token
+
+    async def hold(self) -> None:
+        """Raise it. Others may hold it as well: it falls when all have released it.
+
+        >>> barrier = db.barrier("release")
+        >>> await barrier.hold()
+        >>> await barrier.release()
+        """
+        if self._key is not None:
+            return
+        if self.ttl_s is None:
+            number = int.from_bytes(os.urandom(8))
+        else:
+            self._lease = (await self._client.lease(self.ttl_s)).keep()
+            number = self._lease.id
+        key = plans.key_of(self.prefix, number)
+        put = questions.put(key, whoami(), None, self._lease)
+        self._token = (await self._client.run(plans.insist(put, lambda: True))).rev
+        self._key = key
+
+    async def release(self) -> None:
+        """Let it fall, as far as this holder is concerned."""
+        key, self._key, self._token = self._key, None, None
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await lease.give_back()
+        elif key is not None:
+            await self._client.run(plans.insist(questions.delete(key), lambda: True))
+
+    async def wait(self, wait_s: float | None = None) -> bool:
+        """Wait until nobody holds it, `wait_s` seconds at most. Returns whether it fell.
+
+        >>> await db.barrier("release").wait()
+        True
+        """
+        return await self._client.run(
+            plans.fallen(self.prefix, Patience(now, None if wait_s is None else now() + wait_s))
+        )
+
+    async def clear(self) -> None:
+        """Let it fall, whoever holds it: for a holder that died, and held it without a `ttl_s`.
+
+        >>> await db.barrier("release").hold()
+        >>> await db.barrier("release").clear()
+        >>> await db.barrier("release").wait(wait_s=0)
+        True
+        """
+        line, _ = await self._client.run(plans.standing(self.prefix))
+        if line:
+            await self._client.run(plans.insist(questions.delete_all([item.key for item in line]), lambda: True))
+
+    async def __aenter__(self) -> Barrier:
+        await self.hold()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.release()
+
+
+class DoubleBarrier:
+    """What `count` participants enter together and leave together. Made by `Client.double_barrier`."""
+
+    def __init__(self, client: Client, name: str, count: int, ttl_s: float = 10.0) -> None:
+        self.name = name
+        self.count = count
+        self.ttl_s = ttl_s
+        self._client = client
+        self.prefix = plans.prefix_of("double", name)
+        self._lease: Lease | None = None
+        self._met: set[str] = set()
+
+    async def enter(self, wait_s: float | None = None) -> bool:
+        """Come, and wait until `count` are there. Returns whether they were within `wait_s`.
+
+        >>> barrier = db.double_barrier("round", 1)
+        >>> await barrier.enter(), await barrier.leave()
+        (True, True)
+        """
+        lease = (await self._client.lease(self.ttl_s)).keep()
+        patience = Patience(now, None if wait_s is None else now() + wait_s, lambda: lease.until_s)
+        met = None
+        try:
+            met = await self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))
+        finally:
+            if met is None:
+                await lease.give_back()
+            else:
+                self._lease, self._met = lease, met
+        return met is not None
+
+    async def leave(self, wait_s: float | None = None) -> bool:
+        """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            raise BadRequest(f"The barrier {self.name!r} was not entered.")
+        lease.close()
+        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        return await self._client.run(plans.part(self.prefix, self._met, lease.id, patience))
+
+    async def __aenter__(self) -> DoubleBarrier:
+        await self.enter()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.leave()
+        elif self._lease is not None:
+            lease, self._lease = self._lease, None
+            await lease.give_back()
+
+
+class _Sessional:
+    """What does its writes exactly once: under the session of the block around it, or under one of its own."""
+
+    def __init__(self, client: Client, name: str) -> None:
+        self.name = name
+        self._client = client
+        self._session: Session | None = None
+
+    async def close(self) -> None:
+        """End its own session. May be called twice."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _numbers(self) -> Numbers:
+        around = keeping.current(self._client)
+        if around is not None:
+            return around
+        if self._session is None:
+            self._session = await self._client.session().open()
+        return self._session.numbers
+
+    async def _once(self, plan: Callable[[Numbers], Plan[Any]]) -> Any:
+        """Carry out a plan under the session; under a new one where the cluster has forgotten its own meanwhile."""
+        try:
+            return await self._client.run(plan(await self._numbers()))
+        except SessionExpired as error:
+            if not error.definite or keeping.current(self._client) is not None:
+                raise
+        await self.close()
+        return await self._client.run(plan(await self._numbers()))
+
+
+class Queue(_Sessional):
+    """First in, first out, each item taken by exactly one. Made by `Client.queue`.
+
+    Close it, or use it in an `async with` statement.
+    """
+
+    async def put(self, value: Any) -> int:
+        """Put `value` at the end, exactly once. Returns its ticket, which grows from item to item.
+
+        >>> async with db.queue("letters") as queue:
+        ...     await queue.put("to Ada") < await queue.put("to Bob")
+        True
+        """
+        ticket: int = await self._once(lambda numbers: plans.append(self.name, value, numbers))
+        return ticket
+
+    async def get(self, wait_s: float | None = None) -> Any:
+        """Take the first item, waiting for one. Returns its value. Raises NotInTime where there is none within `wait_s`.
+
+        What is taken is taken: a consumer that dies with an item in its hands takes it along.
+
+        >>> async with db.queue("letters") as queue:
+        ...     _ = await queue.put("to Ada")
+        ...     await queue.get()
+        'to Ada'
+        """
+        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        item = await self._once(lambda numbers: plans.take(self.name, numbers, patience))
+        if item is None:
+            raise NotInTime(f"The queue {self.name!r} was empty for {wait_s} s.")
+        return item.value
+
+    async def size(self) -> int:
+        """How many items it holds.
+
+        >>> await db.queue("letters").size()
+        0
+        """
+        return await self._client.ask(questions.count(plans.prefix_of("queue", self.name)))
+
+    async def __aenter__(self) -> Queue:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class Counter(_Sessional):
+    """A number to which any may add, each addition counted exactly once. Made by `Client.counter`."""
+
+    @property
+    def key(self) -> str:
+        """Where it is kept."""
+        return f"{plans.ROOT}counter/{self.name}"
+
+    async def get(self) -> int:
+        """What it is now.
+
+        >>> await db.counter("visits").get()
+        0
+        """
+        item = await self._client.ask(questions.get(self.key))
+        return item.value if item is not None else 0
+
+    async def incr(self, by: int = 1) -> int:
+        """Add `by`, exactly once. Returns what that makes.
+
+        >>> async with db.counter("visits") as counter:
+        ...     await counter.incr(), await counter.incr(-1), await counter.get()
+        (1, 0, 0)
+        """
+        done = await self._once(lambda numbers: plans.ask(numbers.stamp(questions.incr(self.key, by))))
+        value: int = done.value
+        return value
+
+    async def __aenter__(self) -> Counter:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
