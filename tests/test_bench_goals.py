@@ -51,9 +51,14 @@ def test_of_two_limits_the_one_that_asks_more_is_taken() -> None:
     assert slow_parser.by == "bare loop" and slow_parser.now_per_s == pytest.approx(0.9 * 40_400)
 
 
-def test_a_lone_put_is_scaled_by_the_disk_and_the_round_trips() -> None:
+def test_a_lone_put_is_scaled_by_all_that_it_waits_for() -> None:
+    then_ms = 1000 / prototype.THEN[prototype.LONE][0]
     slow_disk = prototype.scaled(machine_then(sync=3))
-    assert slow_disk["put, 1 client"].factor == pytest.approx(0.5) and slow_disk["put, 64 clients"].factor == 1
+    assert slow_disk[prototype.LONE].factor == pytest.approx(then_ms / (then_ms + 2 * prototype.SYNC_MS))
+    assert slow_disk["put, 64 clients"].factor == 1
+    slow_parser = prototype.scaled(machine_then(json=2))[prototype.LONE]
+    rest_ms = then_ms - prototype.SYNC_MS - 2 * prototype.TRIP_MS
+    assert slow_parser.factor == pytest.approx(then_ms / (then_ms + rest_ms))
 
 
 def test_without_limits_there_is_nothing_to_compare() -> None:
