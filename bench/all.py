@@ -1,7 +1,7 @@
 """Every benchmark, one after the other, with one command; and the document made of them.
 
     python -m bench.all --dir /srv/bench --full         # half an hour; then docs/performance.md is new
-    python -m bench.all --dir /srv/bench --quick        # some six minutes; then see /srv/bench/quick/performance.md
+    python -m bench.all --dir /srv/bench --quick        # some seven; then see /srv/bench/quick/performance.md
 
 Laws: a part is a program of its own, with the options that stand in `PARTS`: the same as by hand. What a part has
 measured stays in a file of its own; a part whose file is there is not done again, so a run that was interrupted goes on where it
@@ -58,13 +58,10 @@ PARTS = (
     Part("failover", "peers", "--only failover --failovers 5", 45, "--only failover --failovers 10", 120),
     Part("million", "peers", "--only million", 130, "--only million", 130),
     Part(
-        "growth", "growth", "--only keys,clients,batches --keys 10000,100000 --clients 1,64,1024 --batches 1,100 --seconds 1", 30,
-        "", 480,
+        "growth", "growth",
+        "--only keys,clients,batches --keys 10000,100000 --clients 1,64,1024 --batches 1,100 --seconds 1", 30, "", 480,
     ),
-    Part(
-        "upkeep", "upkeep", "--only checkpoints,join --keys 10000 --seconds 8 --before 3", 55,
-        "", 200,
-    ),
+    Part("upkeep", "upkeep", "--only checkpoints,join --keys 10000 --seconds 8 --before 3", 55, "", 200),
     Part("cost", "cost", "--works put:64:1,get:64:1 --seconds 1.5 --json", 15, "--json", 70),
 )  # fmt: skip
 
