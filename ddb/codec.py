@@ -14,6 +14,7 @@ out: a connection belongs to one pair of members, so the receiver knows them.
 from __future__ import annotations
 
 import base64
+import binascii
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Final
@@ -119,6 +120,8 @@ def encode_message(message: Message) -> bytes:
         ) % (
             m.term, _BOOLS[m.ok], m.match, m.round, m.rejected, m.hint_index, m.hint_term, _BOOLS[m.doubt]
         )  # fmt: skip
+    if type(message) is InstallSnapshot:
+        return _encode_install(message)
     if type(message) is Forward:
         return b'{"m":"forward","ticket":%d,%b}' % (message.ticket, _sized(b"entries", message.entries))
     if type(message) is ForwardReply:
@@ -135,6 +138,8 @@ def decode_message(payload: bytes, src: str, dst: str) -> Message:
     try:
         if payload.startswith(b'{"m":"forward",'):
             return _decode_forward(payload, src, dst)
+        if payload.startswith(b'{"m":"install",'):
+            return _decode_install(payload, src, dst)
         value = wire.decode_trusted(payload)
         if type(value) is not dict:
             raise ValueError("it is no JSON object")
@@ -193,6 +198,29 @@ def _decode_forward(payload: bytes, src: str, dst: str) -> Forward:
     if head_bytes + len(b',"entries":[') + sum(map(len, entries)) + max(1, len(entries)) + 1 != len(payload):
         raise ValueError("its sizes don't fit")
     return Forward(src, dst, _whole(value["ticket"]), entries, tuple(map(wire.decode_trusted, entries)))
+
+
+def _encode_install(m: InstallSnapshot) -> bytes:
+    """`data` is the last field and nearly all of the message: the other side finds it without reading it as JSON, which
+    halves what a snapshot costs both."""
+    fields = {name: getattr(m, name) for name in _FIELDS[InstallSnapshot] if name != "data"}
+    return b'%b,"data":"%b"}' % (
+        wire.encode({"m": "install", **fields})[:-1],
+        binascii.b2a_base64(m.data, newline=False),
+    )
+
+
+def _decode_install(payload: bytes, src: str, dst: str) -> InstallSnapshot:
+    head, found, data = payload.partition(b',"data":"')
+    value = wire.decode_trusted(head + b"}")
+    if not found or not data.endswith(b'"}'):
+        raise ValueError("it carries no data")
+    term, index, index_term = _whole(value["term"]), _whole(value["index"]), _whole(value["index_term"])
+    offset, size, sha256 = _whole(value["offset"]), _whole(value["size"]), value["sha256"]
+    if type(sha256) is not str:
+        raise ValueError("its hash is no text")
+    content = binascii.a2b_base64(memoryview(data)[:-2], strict_mode=True)
+    return InstallSnapshot(src, dst, term, index, index_term, offset, size, sha256, content)
 
 
 def _decode_append(value: dict[str, Any], payload: bytes, src: str, dst: str) -> Append:

@@ -17,7 +17,7 @@ Theory. Each of three small structures answers one question quickly:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
 
@@ -203,7 +203,7 @@ class KeyFilter:
         self._count = 0
         self._grow(expected)
 
-    def add(self, keys: list[str]) -> None:
+    def add(self, keys: Sequence[str]) -> None:
         """Add all `keys`."""
         table = self._tables[-1]
         mask = len(table) - 1

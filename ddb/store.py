@@ -414,9 +414,8 @@ class Store:
         with errors(self.path), closing(snapshot.connect(self.disk, self.path)) as connection:
             meta = snapshot.read_meta(connection, self.path)
             found = KeyFilter(meta.count)
-            keys = snapshot.verify(connection, self.path, gently=gently)
-            while some := list(islice(keys, SLICE_KEYS)):
-                found.add(some)
+            for keys in snapshot.verify(connection, self.path, gently=gently):
+                found.add(keys)
         self._filter = found
         return meta
 
