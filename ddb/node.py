@@ -406,7 +406,9 @@ class Node:
             return
         own = Sighting(self.id, self.name, self.address)
         sightings = {**self._sightings, **self.peers.introduced(), self.id: own}
-        change = next_change(raft.config, self.id, sightings, self.standings(), self.patience)
+        # Where all are voters, there is nobody to promote or to drop, and nobody's standing matters.
+        standings = {} if all(member.voter for member in raft.config.members) else self.standings()
+        change = next_change(raft.config, self.id, sightings, standings, self.patience)
         if change is not None:
             try:
                 raft.change(change, self.world.wall_ms())

@@ -332,12 +332,14 @@ class Replica:
 
     def flush(self, now: float) -> None:
         """Do all the work that has come up since the last call, in the right order."""
-        self._notice_leader(now)
+        raft = self.raft
+        if (raft.term, raft.leader, raft.config_index) != self._leader_shown:
+            self._notice_leader(now)
         if self._writes:
             self._route_writes(now)
         if self._reads:
             self._ask_for_reads(now)
-        ready = self.raft.ready(now)
+        ready = raft.ready(now)
         if ready is not NOTHING:
             self._work_off(ready, now)
         if self._reads_applying or (self._reads_deferred and self._deferred_due):
@@ -364,10 +366,7 @@ class Replica:
     def _notice_leader(self, now: float) -> None:
         """When the leader changes, whatever was asked of the old one has to be asked again."""
         raft = self.raft
-        shown = (raft.term, raft.leader, raft.config_index)
-        if shown == self._leader_shown:
-            return
-        self._leader_shown = shown
+        self._leader_shown = (raft.term, raft.leader, raft.config_index)
         leader = raft.config.member(raft.leader) if raft.leader else None
         self._leader_field = b'"leader":%b' % wire.encode_string(leader.address) if leader else b""
         if (raft.term, raft.leader) == self._leading:
