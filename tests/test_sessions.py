@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddb import sessions
+from ddb.calls import Exchange, Failed, Knowledge, call
 from ddb.codec import encode_batch
 from ddb.commands import well_formed
 from ddb.kv import DIGEST_MASK, Machine, MemoryTable, digest_of
@@ -341,3 +343,28 @@ def test_sessions_behave_like_a_list_of_all_that_was_ever_answered(
         row = db.table.row("n")
         assert (0 if row is None else int(row[0])) == count
         assert whole_digest(db.table) == db.table.digest
+
+
+def test_the_client_sends_an_open_write_again_elsewhere_under_its_number() -> None:
+    """What happens on the client's way (calls.py): of three attempts, two are lost after they were sent."""
+    clock = iter(range(1000))
+    knowledge = Knowledge(["a:1", "b:1"], discover=False)
+    request = {"op": "incr", "key": "n", "client": 3, "seq": 5}
+    steps = call(knowledge, request, None, 100.0, lambda: float(next(clock)), random.Random(1))
+    asked: list[tuple[str, object]] = []
+    effect = next(steps)
+    try:
+        while True:
+            if not isinstance(effect, Exchange):
+                effect = steps.send(None)
+                continue
+            sent = decode(effect.payload)
+            asked.append((effect.address, (sent["client"], sent["seq"])))
+            if len(asked) < 3:
+                effect = steps.throw(Failed("the connection broke", sent=True))
+            else:
+                effect = steps.send(b'{"ok":true,"value":1,"rev":7,"version":1}')
+    except StopIteration as end:
+        assert end.value["value"] == 1
+    assert [numbers for _, numbers in asked] == [(3, 5)] * 3
+    assert {address for address, _ in asked} == {"a:1", "b:1"}

@@ -21,7 +21,7 @@ class Office:
     def __init__(self, town: LeaseTown, replica: Replica, session_unused_s: float) -> None:
         self.town = town
         self.replica = replica
-        self.tenure = Tenure(replica, lambda: 0, session_unused_s)
+        self.tenure = Tenure(replica, lambda: int(town.now * 1000) + town.wall_ahead_ms, session_unused_s)
 
     def now(self) -> float:
         return self.town.now
@@ -33,13 +33,12 @@ class LeaseTown(Town):
     def __init__(self, names: str = "abc", session_unused_s: float = 3600.0) -> None:
         super().__init__(names)
         self.offices = {name: Office(self, replica, session_unused_s) for name, replica in self.replicas.items()}
-        self.stopped: set[str] = set()
+        self.wall_ahead_ms = 0
 
     def turn(self) -> None:
         super().turn()
-        for name, office in self.offices.items():
-            if name not in self.stopped:
-                office.tenure.tick(office.now())
+        for office in self.offices.values():
+            office.tenure.tick(office.now())
 
     def leads(self) -> str:
         """Wait for a leader that counts; return its name."""
@@ -106,6 +105,20 @@ def test_time_runs_from_the_grant_s_application_not_from_its_proposal() -> None:
         town.journals[name].stuck = False
     lease = int(str(town.answer(asked)["lease"]))
     assert town.lived_s(lease, town.now) >= 0.3 - 0.002  # a turn of the town passes before the answer is looked at
+
+
+def test_the_time_of_day_makes_no_difference() -> None:
+    town = LeaseTown()
+    lease = town.grant(1.0)
+    town.wait(0.1)
+    town.wall_ahead_ms += 3_600_000
+    assert town.kept_alive(lease)["ok"]
+    kept = town.now
+    town.wall_ahead_ms += 3_600_000
+    assert town.lived_s(lease, kept) >= 1.0
+    lease = town.grant(1.0)
+    town.wall_ahead_ms -= 7_200_000
+    assert town.lived_s(lease, town.now) <= 1.0 + TICK_S + COMMIT_S + 0.1
 
 
 def test_a_new_leader_gives_every_lease_its_full_ttl_again() -> None:
@@ -260,6 +273,8 @@ def test_a_session_that_nobody_uses_is_forgotten_after_an_hour_of_the_leader_s_t
     assert idle not in there
     reply = town.answer(town.write(leader, "incr", key="n", client=idle, seq=1))
     assert reply["error"] == "session_expired"
+    town.wait(0.5)
+    assert len({(r.machine.applied, r.machine.table.digest) for r in town.replicas.values()}) == 1
 
 
 def test_a_new_leader_gives_every_session_its_hour_again() -> None:

@@ -2,10 +2,6 @@
 
 Each is seen in the wild or easy to make, and is a small patch in memory to one function, or to the few that it takes
 (planting.py). docs/testing.md has the table of what notices each.
-
-Not possible yet, for ddb has no sessions and no leases: snapshot without sessions · retries not deduplicated · sessions
-expired by the local clock · lease counted in wall-clock time · client retries with a new seq · digest that leaves out
-sessions or leases.
 """
 
 from __future__ import annotations
@@ -17,5 +13,6 @@ from tests.mutants.planting import Mutant
 from tests.mutants.reads import READS
 from tests.mutants.replication import REPLICATION
 from tests.mutants.storage import STORAGE
+from tests.mutants.tenancy import TENANCY
 
-CATALOGUE: list[Mutant] = [*ELECTIONS, *REPLICATION, *READS, *MEMBERS, *DOUBT, *STORAGE, *CLUSTER]
+CATALOGUE: list[Mutant] = [*ELECTIONS, *REPLICATION, *READS, *MEMBERS, *DOUBT, *STORAGE, *CLUSTER, *TENANCY]

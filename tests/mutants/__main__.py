@@ -23,6 +23,7 @@ from tests.mutants.replication import REPLICATION
 from tests.mutants.simulated import Found, search, simulate
 from tests.mutants.storage import STORAGE
 from tests.mutants.table import recorded, write
+from tests.mutants.tenancy import TENANCY
 
 WHERE: list[tuple[list[Mutant], list[str]]] = [
     (ELECTIONS, ["partitions", "messages"]),
@@ -32,6 +33,7 @@ WHERE: list[tuple[list[Mutant], list[str]]] = [
     (DOUBT, ["rot", "members"]),
     (STORAGE, ["disks", "rot", "snapshots"]),
     (CLUSTER, ["members", "registry", "rot"]),
+    (TENANCY, ["clocks", "freezes", "snapshots"]),
 ]
 """Where a bug is looked for, beside "all faults"."""
 

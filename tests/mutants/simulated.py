@@ -21,6 +21,7 @@ AIMS: Final[dict[str, str]] = {
     "rot": "flip,wipe,lost-tail,power,kill,isolate",
     "members": "join,remove,wipe,transfer,isolate,kill,restart",
     "snapshots": "checkpoint,isolate,kill,power,slow-links,lose,repeat",
+    "clocks": "clock-jump,pause,isolate,kill,transfer,slow-disk,lose",
     "registry": "registry-down,registry-wiped,registry-slow,join,power",
 }
 """By name: the faults that are on."""
