@@ -177,7 +177,7 @@ class Watching:
             return
         chronicle, wants = self._chronicle, watcher.wanted.includes
         if watcher.seen < chronicle.floor:
-            self._drop(watcher, _too_slow())
+            self._drop(watcher, _too_slow() if watcher.behind_bytes else chronicle.compacted())
             return
         events: list[Event] = []
         looked_at = size = 0
