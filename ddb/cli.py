@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import ddb
-from ddb import clicluster, clidata, clitools, completion, options
+from ddb import clichanges, clicluster, clidata, clilock, clitools, completion, mirror, options
 from ddb.client import Client, connect
 from ddb.console import BROKEN_PIPE, ERROR, EXIT_CODES, INTERRUPTED, OK, Command, UsageError, complain, speak_utf8
 from ddb.errors import DdbError
@@ -33,7 +33,7 @@ def _shell(client: Client, args: argparse.Namespace) -> int:
     whole = parser()
 
     def execute(words: Sequence[str]) -> int:
-        asked = whole.parse_args(words)
+        asked = parse(words, whole)
         shared = asked.server == default_server and asked.timeout is None
         if asked.server == default_server:
             asked.server = args.server
@@ -69,7 +69,15 @@ _OWN: Final = (
 
 COMMANDS: Final[dict[str, Command]] = {
     command.name: command
-    for group in (clidata.COMMANDS, clicluster.COMMANDS, clitools.COMMANDS, _OWN)
+    for group in (
+        clidata.COMMANDS,
+        clichanges.COMMANDS,
+        clilock.COMMANDS,
+        mirror.COMMANDS,
+        clicluster.COMMANDS,
+        clitools.COMMANDS,
+        _OWN,
+    )
     for command in group
 }
 
@@ -78,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own when None) and return the exit code."""
     speak_utf8()
     try:
-        return guarded(lambda: run(parser().parse_args(argv)))
+        return guarded(lambda: run(parse(sys.argv[1:] if argv is None else argv)))
     except BrokenPipeError:  # the reader has seen enough: `ddb scan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -127,6 +135,21 @@ def run(args: argparse.Namespace, client: Client | None = None) -> int:
         raise UsageError(error.message) from None
     with connected:
         return command.run(connected, args)
+
+
+def parse(argv: Sequence[str], whole: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """What the command line `argv` asks for. Ends the process (SystemExit) where it can't be understood.
+
+    Another program's command line behind `--` is kept as it stands: argparse would look for options in it.
+    """
+    whole = whole or parser()
+    name = next((word for word in argv if word in COMMANDS), None)
+    if name is None or not COMMANDS[name].words or "--" not in argv:
+        return whole.parse_args(argv)
+    cut = list(argv).index("--")
+    args = whole.parse_args(argv[:cut])
+    args.words = [*args.words, *argv[cut + 1 :]]
+    return args
 
 
 def _check_format(command: Command, args: argparse.Namespace) -> None:

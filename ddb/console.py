@@ -47,8 +47,8 @@ class Command:
     """One command: what it is called, its options, and what it does.
 
     `run` takes an open client and the arguments and returns an exit code; a command that needs no client, or makes its
-    own, has `alone` instead. `formats` are what `-o` may ask of it, and `session` tells whether `--server` and
-    `--timeout` mean anything to it. The first of the `examples` stands for all where there is little room.
+    own, has `alone` instead. `formats` are what `-o` may ask of it, and `common` tells whether `--server` and
+    `--timeout` mean anything to it. `words`: what stands behind `--` is another program's command line.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Command:
     alone: Callable[[argparse.Namespace], int] | None = None
     formats: Sequence[Format] = tuple(Format)
     common: bool = True
+    words: bool = False
 
 
 # ------------------------------------------------------------------- out

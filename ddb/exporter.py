@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-from ddb import dump
+from ddb import changes, dump
 from ddb.client import Client, next_page
 from ddb.commands import prefix_end
 from ddb.console import OK, UsageError, complain
-from ddb.errors import BadRequest, Compacted, DdbError
+from ddb.errors import BadRequest, Compacted
 from ddb.progress import Progress
 
 PAGE_ITEMS: Final = 2000
@@ -162,30 +162,15 @@ class Exporter:
         low = self._range.get("prefix", self._range.get("start", ""))
         prefix = self._range.get("prefix")
         high = prefix_end(prefix) if prefix is not None else self._range.get("end")
-        request: dict[str, Any] = {"op": "history", "to": to_rev, "limit": CHANGES_PAGE}
-        request.update({} if prefix is None else {"prefix": prefix})
-        while True:
-            page = self._history({**request, "from": first})
+        pages = changes.pages(
+            self._client, first, to_rev, prefix=prefix, limit=CHANGES_PAGE, timeout_s=self._patience_s
+        )
+        for page in pages:
             yield [
                 dump.put(c["key"], c["value"]) if c["event"] == "put" else dump.deleted(c["key"])
                 for c in page["changes"]
                 if c["key"] >= low and (high is None or c["key"] < high)
             ]
-            if not page["more"]:
-                return
-            first = page["changes"][-1]["rev"] + 1  # a page never ends in the middle of a revision
-
-    def _history(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One page of what has changed: from any node that keeps it, for some keep more than others."""
-        try:
-            return self._client.call(request, timeout_s=self._patience_s)
-        except Compacted:
-            for address in self._client.servers:
-                try:
-                    return self._client.call(request, at=address, timeout_s=self._patience_s)
-                except DdbError:
-                    continue
-            raise
 
     # ----------------------------------------------------------- going on
 

@@ -282,6 +282,87 @@ def import_options(parser: argparse.ArgumentParser) -> None:
     _quiet_option(parser)
 
 
+def watch_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb watch`."""
+    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
+    parser.add_argument("--key", metavar="KEY", help="this key alone")
+    parser.add_argument(
+        "--from", metavar="R", dest="from_", type=whole(0, REVISION_MAX), help="from revision R on (from now on)"
+    )
+    parser.add_argument("--limit", metavar="N", type=whole(1, REVISION_MAX), help="end after N changes (never)")
+    parser.add_argument(
+        "--exec", metavar="COMMAND",
+        help="run COMMAND for each change, one at a time, by no shell: DDB_EVENT, DDB_KEY, DDB_VALUE, DDB_REV and "
+        "DDB_VERSION tell what happened, standard input too, as JSON",
+    )  # fmt: skip
+
+
+def history_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb history`."""
+    parser.add_argument("key", nargs="?", metavar="KEY", help="this key alone (all when left out)")
+    parser.add_argument("--prefix", metavar="PREFIX", help="keys that begin so")
+    parser.add_argument(
+        "--from", metavar="R", dest="from_", type=whole(0, REVISION_MAX), help="from revision R on (all that is kept)"
+    )
+    parser.add_argument("--to", metavar="R", type=whole(0, REVISION_MAX), help="up to revision R (the last one)")
+    parser.add_argument(
+        "--limit", metavar="N", type=whole(1, REVISION_MAX), default=100, help="about N changes at most (100)"
+    )
+    parser.add_argument("--reverse", action="store_true", help="the last change first")
+
+
+def diff_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb diff`."""
+    parser.add_argument("first", metavar="R1", type=whole(0, REVISION_MAX), help="the older revision")
+    parser.add_argument("second", metavar="R2", type=whole(0, REVISION_MAX), help="the newer one")
+    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
+
+
+def _holding_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ttl", metavar="S", type=seconds(0.1, 86400.0), default=10.0,
+        help="where its holder dies, it is free within S seconds (10)",
+    )  # fmt: skip
+    parser.add_argument("--wait", metavar="S", type=seconds(0.0, 1e9), help="give up after S seconds (never)")
+    parser.add_argument("--value", metavar="TEXT", help="what others see of the holder (who and where it is)")
+    parser.add_argument(
+        "words", metavar="COMMAND", nargs="*", help="behind --: what to run meanwhile (without: wait for Ctrl-C)"
+    )
+
+
+def lock_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb lock`."""
+    parser.add_argument("name", metavar="LOCK", help="the lock's name")
+    _holding_options(parser)
+
+
+def elect_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb elect`."""
+    parser.add_argument("name", metavar="ELECTION", help="the election's name")
+    parser.add_argument("--observe", action="store_true", help="only tell who leads, now and whenever that changes")
+    parser.add_argument("--limit", metavar="N", type=whole(1, REVISION_MAX), help="with --observe: end after N times")
+    _holding_options(parser)
+
+
+def lease_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb lease`."""
+    parser.add_argument("action", choices=("grant", "keepalive", "revoke", "list"))
+    parser.add_argument("what", metavar="TTL or ID", nargs="?", help="with grant: seconds to live; else the lease's ID")
+    parser.add_argument(
+        "--once", action="store_true", help="with keepalive: one sign of life, instead of one after another"
+    )
+
+
+def mirror_options(parser: argparse.ArgumentParser) -> None:
+    """Of `ddb mirror`."""
+    parser.add_argument("target", metavar="HOST:PORT[,…]", help="nodes of the other cluster")
+    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
+    parser.add_argument("--into", metavar="TEXT", default="", help="put TEXT in front of every key there")
+    parser.add_argument("--once", action="store_true", help="end when the copy is up to date, instead of following")
+    parser.add_argument("--restart", action="store_true", help="copy everything again")
+    _quiet_option(parser)
+
+
 def completion_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb completion`."""
     parser.add_argument("what", choices=("bash", "zsh", "keys"), help="a script, or the keys that PREFIX may become")
