@@ -30,19 +30,23 @@ COMMAND_TIMEOUT_S = 30
 
 NC = """#!{python}
 # A stand-in for nc, whose versions differ in what they do at the end of their input: this one hangs up its side.
-import socket, sys
+import signal, socket, sys
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as connection:
     connection.sendall(sys.stdin.buffer.read())
     connection.shutdown(socket.SHUT_WR)
     while data := connection.recv(65536):
         sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
 """
 
 CURL = """#!{python}
 # A stand-in for curl, where there is none: the few options that the documentation uses.
-import argparse, http.client, sys, urllib.parse
+import argparse, http.client, signal, sys, urllib.parse
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 parser = argparse.ArgumentParser()
 parser.add_argument("-s", action="store_true")
+parser.add_argument("-N", action="store_true")
 parser.add_argument("-X", dest="method")
 parser.add_argument("-H", dest="headers", action="append", default=[])
 parser.add_argument("-d", dest="data")
@@ -59,7 +63,9 @@ target = url.path + (url.query and "?" + url.query)
 connection.request(args.method or ("GET" if args.data is None else "POST"), target, args.data, headers)
 response = connection.getresponse()
 with open(args.output or "/dev/stdout", "wb") as out:
-    out.write(response.read())
+    while data := response.read1(65536):
+        out.write(data)
+        out.flush()
 print(args.after.replace("%{{http_code}}", str(response.status)).replace("\\\\n", "\\n"), end="")
 """
 
@@ -122,6 +128,7 @@ def blank(text: str) -> str:
     text = re.sub(r'("(?:rev|created)":)\d+', r"\1#", text)
     text = re.sub(r"(revision )\d+", r"\1#", text)
     text = re.sub(r"(kill -9 )\d+", r"\1#", text)
+    text = re.sub(r"^(id: )\d+$", r"\1#", text, flags=re.MULTILINE)  # of a server-sent event
     text = re.sub(r"^\d+$", "#", text, flags=re.MULTILINE) if '{"ok":' in text else text  # the length of a frame
     text = re.sub(r"^(n\d\s+\w+\s+)\d+(\s+\S+)((?:\s+\d+){4})$", r"\1#\2 # # # #", text, flags=re.MULTILINE)  # status
     return re.sub(r"[ \t]+", " ", text).strip()
