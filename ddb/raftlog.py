@@ -95,6 +95,11 @@ class RaftLog:
             self._bytes_held -= len(batch.data)
             self._oldest_held += 1
 
+    @property
+    def let_go(self) -> int:
+        """The last index whose bytes were let go, because more than `bytes_max` came after it; the base where none were."""
+        return self._batches[self._oldest_held - 1].last if self._oldest_held else self.base_index
+
     def term_at(self, index: int) -> int | None:
         """The term of the entry at `index`; None where it is not here (any more)."""
         if index == self.last_index:

@@ -274,8 +274,11 @@ class Sync:
                 waiter.fail(ReadOnly(f"The checkpoint failed: {error}"))
 
     def _compact(self) -> None:
-        """Drop what the checkpoint covers from the log, but for a tail, and for what a snapshot on its way will need."""
-        upto = self._store.meta.applied - self._policy.retain_entries
+        """Drop what the checkpoint covers from the log, but for a tail, and for what a snapshot on its way will need. The
+        tail is so many entries, and no more than the log holds in memory: a few thousand large ones would make every
+        start read hundreds of megabytes."""
+        applied = self._store.meta.applied
+        upto = max(applied - self._policy.retain_entries, min(applied, self._raft.log.let_go))
         if self._copying or self._wanted_by:
             return  # whoever gets the copy will need what follows it; the next checkpoint will do
         if self._copy is not None:

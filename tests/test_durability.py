@@ -53,6 +53,21 @@ def test_a_follower_that_was_down_for_ten_thousand_writes_catches_up(cluster: Cl
     assert three.wait_ready().status()["digest"] == down.status()["digest"]
 
 
+def test_a_log_of_large_entries_keeps_no_more_of_them_than_of_small_ones(cluster: Clusters) -> None:
+    """However many entries it may keep: each start would have to read all of them."""
+    one = cluster(1)
+    node = one.leader()
+    for n in range(100):
+        assert node.ask(10.0, op="put", key=f"large{n % 5}", value="x" * (1 << 20))["ok"]
+        assert n % 40 or node.ask(60.0, op="snapshot", timeout=60)["ok"]
+    assert node.ask(60.0, op="snapshot", timeout=60)["ok"]
+    kept = sum(path.stat().st_size for path in (node.directory / "log").iterdir())
+    assert 60 << 20 < kept < 90 << 20
+    node.kill()
+    node.start()
+    assert one.wait_ready().ask(op="count")["count"] == 5
+
+
 def test_a_follower_that_was_down_past_the_logs_compaction_catches_up_by_snapshot(cluster: Clusters) -> None:
     three = cluster(3, checkpoint_every=2000, retain=100)
     before = flood(three.leader(), 500, "before/")

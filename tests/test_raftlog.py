@@ -194,6 +194,7 @@ def test_old_bytes_are_let_go_and_read_back() -> None:
     log = log_of(A, B, C, bytes_max=4)
     log.release(9)
     assert [b.data for b in log.batches()] == [b"", b"", b"cccc"]
+    assert log.let_go == 4
     assert [b.data for b in log.after(0, 100)] == [b"aaaa", b"bbbb", b"cccc"]
 
 
