@@ -351,6 +351,8 @@ class NodeService:
             "uptime": round(now - node.started_at, 3),
             "version": __version__,
             "keys": table.key_count,
+            "sessions": len(node.replica.machine.sessions),
+            "leases": len(node.replica.machine.leases),
             "digest": f"{table.digest:016x}",
             "read_only": node.replica.read_only,
         }
