@@ -26,17 +26,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, 
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-from ddb import calls, questions
+from ddb import calls, keeping, questions
 from ddb.aioblocks import Attempt, Attempts, Pipeline
-from ddb.aioleases import Lease, Session
+from ddb.aioleases import Lease, Numbers, Session
 from ddb.aiolinks import Caller
 from ddb.aiooperations import Operations
 from ddb.aiorecipes import Barrier, Counter, DoubleBarrier, Election, Lock, Queue, Semaphore
 from ddb.aiowatching import Watch
-from ddb.calls import Knowledge, State
+from ddb.calls import Knowledge, Outcome, State
 from ddb.client import TIMEOUT_S, addresses_of
 from ddb.errors import BadRequest, DdbError
-from ddb.keeping import stamped
+from ddb.keeping import current, is_numbered
 from ddb.leases import now
 from ddb.plans import Ask, Await, Plan, Rest, Wish
 from ddb.questions import Question
@@ -184,7 +184,7 @@ class Client(Operations):
         >>> last.result.value
         99
         """
-        return Pipeline(self._caller.volley, self._patience(timeout_s), self._stamped)
+        return Pipeline(self._volley, self._patience(timeout_s))
 
     def transaction(self, *, timeout_s: float | None = None) -> Attempts:
         """Read, think, write; and it is as if nobody else had been there. What the block writes is kept back until it
@@ -359,8 +359,28 @@ class Client(Operations):
 
     async def ask(self, question: Question[T], timeout_s: float | None = None) -> T:
         """As Operations says, numbered where it is a write in a session's block."""
-        request = self._stamped(question.request)
-        return question.read(await self._caller.call(request, question.at, self._patience(timeout_s)))
+        numbers = current(self) if is_numbered(question.request) else None
+        return await self._ask(question, numbers, self._patience(timeout_s))
+
+    async def _ask(self, question: Question[T], numbers: keeping.Numbers | None, timeout_s: float) -> T:
+        if numbers is None:
+            return question.read(await self._caller.call(question.request, question.at, timeout_s))
+        assert isinstance(numbers, Numbers), "a client's sessions are of its own kind"
+        async with numbers.numbered([question.request], timeout_s) as (request,):
+            return question.read(await self._caller.call(request, question.at, timeout_s))
+
+    async def _volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
+        """Send what a pipeline has gathered; in a session's block, as many at a time as that admits."""
+        numbers = current(self)
+        if numbers is None:
+            return await self._caller.volley(requests, timeout_s)
+        assert isinstance(numbers, Numbers), "a client's sessions are of its own kind"
+        end_s = now() + timeout_s
+        outcomes: list[Outcome] = []
+        while len(outcomes) < len(requests):
+            async with numbers.numbered(requests[len(outcomes) :], timeout_s) as some:
+                outcomes += await self._caller.volley(some, max(end_s - now(), 0))
+        return outcomes
 
     async def run(self, plan: Plan[T]) -> T:
         """Carry out a `plan` (plans.py): what a recipe decides, step by step.
@@ -386,8 +406,8 @@ class Client(Operations):
 
     async def _perform(self, wish: Wish) -> Any:
         match wish:
-            case Ask(question):
-                return question.read(await self._caller.call(question.request, question.at, self.timeout_s))
+            case Ask(question, numbers):
+                return await self._ask(question, numbers, self.timeout_s)
             case Await():
                 return await self._follow(wish)
             case Rest(seconds):
@@ -406,9 +426,6 @@ class Client(Operations):
                     raise BadRequest("This client is closed; connect again.")
                 if event is None and until_s is not None and now() >= (wish.until_s() or until_s):
                     return None
-
-    def _stamped(self, request: dict[str, Any]) -> dict[str, Any]:
-        return stamped(self, request)
 
     def _patience(self, timeout_s: float | None) -> float:
         return self.timeout_s if timeout_s is None else timeout_s

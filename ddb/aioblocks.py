@@ -35,9 +35,8 @@ class Pipeline(Gathering):
         self,
         volley: Callable[[Sequence[Mapping[str, Any]], float], Awaitable[Sequence[Outcome]]],
         timeout_s: float,
-        stamped: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> None:
-        super().__init__(stamped)
+        super().__init__()
         self._volley = volley
         self._timeout_s = timeout_s
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, questions
 from ddb.errors import BadRequest, DdbError
-from ddb.keeping import Keeping, Numbers
+from ddb.keeping import Keeping
 from ddb.leases import now
 
 if TYPE_CHECKING:
@@ -134,6 +135,41 @@ class Lease:
                 await told
         except Exception:
             _log.exception("a callback of on_lost failed")
+
+
+class Numbers(keeping.Numbers):
+    """A session's numbers, for any number of tasks."""
+
+    def __init__(self, client: int) -> None:
+        super().__init__(client)
+        self._changed = asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def numbered(
+        self, requests: Sequence[Mapping[str, Any]], timeout_s: float
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """As many of the first `requests` as may go now, at least one, for the time of a block. Raises Overloaded where
+        none may within `timeout_s`."""
+        begun: list[dict[str, Any]] = []
+
+        def begin() -> bool:
+            begun.extend(self.some(requests))
+            return bool(begun)
+
+        try:
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(begin)
+        except TimeoutError:
+            if not begun:
+                raise keeping.crowded() from None
+        try:
+            yield begun
+        finally:
+            for request in begun:
+                if request.get("client") == self.client:
+                    self.end(request)
+            async with self._changed:
+                self._changed.notify_all()
 
 
 class Session:

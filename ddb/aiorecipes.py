@@ -9,10 +9,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, plans, questions
-from ddb.aioleases import Lease, Session
+from ddb.aioleases import Lease, Numbers, Session
 from ddb.errors import BadRequest, Compacted, LockLost, NotInTime, SessionExpired
 from ddb.holding import Holding
-from ddb.keeping import Numbers
 from ddb.leases import now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
 
@@ -369,7 +368,7 @@ class _Sessional:
 
     async def _numbers(self) -> Numbers:
         around = keeping.current(self._client)
-        if around is not None:
+        if isinstance(around, Numbers):
             return around
         if self._session is None:
             self._session = await self._client.session().open()
@@ -459,7 +458,7 @@ class Counter(_Sessional):
         ...     await counter.incr(), await counter.incr(-1), await counter.get()
         (1, 0, 0)
         """
-        done = await self._once(lambda numbers: plans.ask(numbers.stamp(questions.incr(self.key, by))))
+        done = await self._once(lambda numbers: plans.ask(questions.incr(self.key, by), numbers))
         value: int = done.value
         return value
 

@@ -28,13 +28,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from ddb import plans, questions, wire
+from ddb import keeping, plans, questions, wire
 from ddb.attempts import Attempt, Attempts
 from ddb.caller import Callers
-from ddb.calls import State
+from ddb.calls import Outcome, State
 from ddb.errors import BadRequest
-from ddb.keeping import stamped
-from ddb.leases import Lease, Session, now
+from ddb.keeping import current, is_numbered
+from ddb.leases import Lease, Numbers, Session, now
 from ddb.operations import Operations
 from ddb.pipelines import Pipeline
 from ddb.plans import Ask, Await, Plan, Rest, Wish
@@ -143,8 +143,7 @@ class Client(Operations):
         ...     [(event.kind, event.key) for event in (next(watch), next(watch))]
         [('put', 'city/no'), ('delete', 'city/no')]
         """
-        patience_s = self.timeout_s if timeout_s is None else timeout_s
-        return self._callers.watch(questions.watch(key, prefix), from_rev, patience_s)
+        return self._callers.watch(questions.watch(key, prefix), from_rev, self._patience(timeout_s))
 
     # ------------------------------------------------- several at a time
 
@@ -159,7 +158,7 @@ class Client(Operations):
         >>> last.result.value
         99
         """
-        return Pipeline(self._callers.volley, self.timeout_s if timeout_s is None else timeout_s, self._stamped)
+        return Pipeline(self._volley, self._patience(timeout_s))
 
     def transaction(self, *, timeout_s: float | None = None) -> Attempts:
         """Read, think, write; and it is as if nobody else had been there. What the block writes is kept back until it
@@ -173,7 +172,7 @@ class Client(Operations):
         >>> dict(db.items())
         {'mine': 7, 'yours': 3}
         """
-        return Attempts(self.ask, self.timeout_s if timeout_s is None else timeout_s)
+        return Attempts(self.ask, self._patience(timeout_s))
 
     def transact(self, function: Callable[[Attempt], T], *, timeout_s: float | None = None) -> T:
         """The same with a `function`, which is given the transaction and called again where it must be. Returns
@@ -330,9 +329,28 @@ class Client(Operations):
 
     def ask(self, question: Question[T], timeout_s: float | None = None) -> T:
         """As Operations says, numbered where it is a write in a session's block."""
-        request = self._stamped(question.request)
-        patience_s = self.timeout_s if timeout_s is None else timeout_s
-        return question.read(self._callers.call(request, question.at, patience_s))
+        numbers = current(self) if is_numbered(question.request) else None
+        return self._ask(question, numbers, self._patience(timeout_s))
+
+    def _ask(self, question: Question[T], numbers: keeping.Numbers | None, timeout_s: float) -> T:
+        if numbers is None:
+            return question.read(self._callers.call(question.request, question.at, timeout_s))
+        assert isinstance(numbers, Numbers), "a client's sessions are of its own kind"
+        with numbers.numbered([question.request], timeout_s) as (request,):
+            return question.read(self._callers.call(request, question.at, timeout_s))
+
+    def _volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
+        """Send what a pipeline has gathered; in a session's block, as many at a time as that admits."""
+        numbers = current(self)
+        if numbers is None:
+            return self._callers.volley(requests, timeout_s)
+        assert isinstance(numbers, Numbers), "a client's sessions are of its own kind"
+        end_s = now() + timeout_s
+        outcomes: list[Outcome] = []
+        while len(outcomes) < len(requests):
+            with numbers.numbered(requests[len(outcomes) :], timeout_s) as some:
+                outcomes += self._callers.volley(some, max(end_s - now(), 0))
+        return outcomes
 
     def run(self, plan: Plan[T]) -> T:
         """Carry out a `plan` (plans.py): what a recipe decides, step by step.
@@ -343,13 +361,10 @@ class Client(Operations):
         """
         return plans.drive(plan, self._perform)
 
-    def _stamped(self, request: dict[str, Any]) -> dict[str, Any]:
-        return stamped(self, request)
-
     def _perform(self, wish: Wish) -> Any:
         match wish:
-            case Ask(question):
-                return question.read(self._callers.call(question.request, question.at, self.timeout_s))
+            case Ask(question, numbers):
+                return self._ask(question, numbers, self.timeout_s)
             case Await():
                 return self._follow(wish)
             case Rest(seconds):
@@ -368,6 +383,9 @@ class Client(Operations):
                     raise BadRequest("This client is closed; connect again.")
                 if event is None and until_s is not None and now() >= (wish.until_s() or until_s):
                     return None
+
+    def _patience(self, timeout_s: float | None) -> float:
+        return self.timeout_s if timeout_s is None else timeout_s
 
     # ------------------------------------------------------- its own state
 

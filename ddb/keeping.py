@@ -5,6 +5,8 @@ Laws:
 1. A lease is taken for lost no later than the cluster may end it: its time runs, on this side, from the moment before
    the sign of life was *sent*; on the other side, from a moment after it came. Once taken for lost, it stays so.
 2. A session's numbers are given out once each. A write that is sent again keeps its number.
+3. No write of a session is so far ahead of an unanswered one that the cluster may have forgotten what it replied to that:
+   it keeps the replies of the last 64, as long as they are small. So one whose reply may be large goes alone.
 
 Theory. A client can't know that its lease still lives; it can know that the cluster can't have ended it yet. So it counts
 for itself, and gives up early rather than late. The clock must go on while the machine sleeps, or is
@@ -14,19 +16,16 @@ frozen as a guest: a holder that wakes up must find its time over.
 from __future__ import annotations
 
 import contextvars
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from ddb.calls import NUMBERED
-from ddb.errors import BadRequest, DdbError
-from ddb.questions import Question
-
-T = TypeVar("T")
+from ddb.errors import BadRequest, DdbError, Overloaded
 
 KEEPALIVES_PER_TTL: Final = 3
 TRIES_PER_TTL: Final = 20
+WINDOW: Final = 64
 
 
 class Keeping:
@@ -71,19 +70,59 @@ class Keeping:
 
 
 class Numbers:
-    """A session's name, and the numbers of its writes."""
+    """A session's name, the numbers of its writes, and which of them are under way (law 3)."""
 
     def __init__(self, client: int) -> None:
         self.client = client
-        self._seqs = itertools.count(1)
+        self._next = 1
+        self._under_way: set[int] = set()
+        self._alone = False  # the one under way has a reply that may be large
 
-    def number(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def admits(self, request: Mapping[str, Any]) -> bool:
+        """Whether the write `request` may begin now."""
+        if self._alone or may_reply_much(request):
+            return not self._under_way
+        return self._next - min(self._under_way, default=self._next) < WINDOW
+
+    def begin(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The write `request` under this session, with the next number."""
-        return {**request, "client": self.client, "seq": next(self._seqs)}
+        seq = self._next
+        self._next += 1
+        self._under_way.add(seq)
+        self._alone = may_reply_much(request)
+        return {**request, "client": self.client, "seq": seq}
 
-    def stamp(self, question: Question[T]) -> Question[T]:
-        """The same for a question."""
-        return Question(self.number(question.request), question.read, question.at)
+    def end(self, numbered: Mapping[str, Any]) -> None:
+        """What came of this write is known, or will never be."""
+        self._under_way.discard(numbered["seq"])
+        self._alone = False
+
+    def some(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """As many of the first `requests` as may begin now: writes with numbers, reads as they are."""
+        begun: list[dict[str, Any]] = []
+        for request in requests:
+            if not is_numbered(request):
+                begun.append(dict(request))
+            elif self.admits(request):
+                begun.append(self.begin(request))
+            else:
+                break
+        return begun
+
+
+def crowded() -> Overloaded:
+    """What a write of a session is told that could not begin in time."""
+    return Overloaded(f"{WINDOW} writes of this session wait for their replies; open another one for more at a time.")
+
+
+def is_numbered(request: Mapping[str, Any]) -> bool:
+    """Whether `request` is a write that a session numbers: one that has no number from elsewhere."""
+    return request.get("op") in NUMBERED and "client" not in request
+
+
+def may_reply_much(request: Mapping[str, Any]) -> bool:
+    """Whether the reply to a write shows values, so that it may be large."""
+    return request.get("op") == "txn" or "if" in request
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +160,3 @@ def _without(block: Block | None, numbers: Numbers) -> Block | None:
     if block is None or block.numbers is numbers:
         return block.outer if block is not None else None
     return Block(block.owner, block.numbers, _without(block.outer, numbers))
-
-
-def stamped(owner: object, request: dict[str, Any]) -> dict[str, Any]:
-    """The `request` as it must be sent by `owner` here: numbered, where it is a write in a session's block."""
-    if request.get("op") in NUMBERED and "client" not in request:
-        numbers = current(owner)
-        if numbers is not None:
-            return numbers.number(request)
-    return request

@@ -7,19 +7,20 @@ raises is logged.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from ddb import keeping, questions
 from ddb.caller import Caller, Callers
 from ddb.errors import BadRequest, DdbError
-from ddb.keeping import Keeping, Numbers
+from ddb.keeping import Keeping
 
 if TYPE_CHECKING:
     from ddb.client import Client
@@ -168,6 +169,37 @@ class Lease:
                 self._on_lost()
             except Exception:
                 _log.exception("a callback of on_lost failed")
+
+
+class Numbers(keeping.Numbers):
+    """A session's numbers, for any number of threads."""
+
+    def __init__(self, client: int) -> None:
+        super().__init__(client)
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def numbered(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> Iterator[list[dict[str, Any]]]:
+        """As many of the first `requests` as may go now, at least one, for the time of a block. Raises Overloaded where
+        none may within `timeout_s`."""
+        begun: list[dict[str, Any]] = []
+
+        def begin() -> bool:
+            begun.extend(self.some(requests))
+            return bool(begun)
+
+        with self._changed:
+            self._changed.wait_for(begin, timeout_s)
+        if not begun:
+            raise keeping.crowded()
+        try:
+            yield begun
+        finally:
+            with self._changed:
+                for request in begun:
+                    if request.get("client") == self.client:
+                        self.end(request)
+                self._changed.notify_all()
 
 
 class Session:

@@ -49,9 +49,8 @@ class Later(Generic[T]):
 class Gathering:
     """The calls of a pipeline, whoever sends them."""
 
-    def __init__(self, stamped: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(self) -> None:
         self.calls: list[Later[Any]] = []
-        self._stamped = stamped
 
     def ask(self, question: Question[T]) -> Later[T]:
         """Add any question (questions.py).
@@ -62,7 +61,7 @@ class Gathering:
         >>> count.result
         0
         """
-        call = Later(Question(self._stamped(question.request), question.read))
+        call = Later(question)
         self.calls.append(call)
         return call
 
@@ -161,9 +160,8 @@ class Pipeline(Gathering):
         self,
         volley: Callable[[Sequence[Mapping[str, Any]], float], Sequence[Outcome]],
         timeout_s: float,
-        stamped: Callable[[dict[str, Any]], dict[str, Any]],
     ) -> None:
-        super().__init__(stamped)
+        super().__init__()
         self._volley = volley
         self._timeout_s = timeout_s
 

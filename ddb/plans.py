@@ -23,10 +23,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from ddb import questions
 from ddb.errors import Compacted, DdbError, LockLost
+from ddb.keeping import Numbers
 from ddb.questions import Question
 from ddb.results import Event, Item, ScanResult
 
@@ -41,9 +42,11 @@ RETRY_MAX_S: Final = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Ask this question. Answered with what it reads; a DdbError is thrown."""
+    """Ask this question, as a write of the session that `numbers` belongs to, if any. Answered with what it reads; a
+    DdbError is thrown."""
 
     question: Question[Any]
+    numbers: Numbers | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +73,9 @@ Wish = Ask | Await | Rest
 Plan = Generator[Wish, Any, T]
 
 
-def ask(question: Question[T]) -> Plan[T]:
+def ask(question: Question[T], numbers: Numbers | None = None) -> Plan[T]:
     """The plan of one question."""
-    answer: T = yield Ask(question)
+    answer: T = yield Ask(question, numbers)
     return answer
 
 
@@ -321,21 +324,14 @@ def part(prefix: str, met: set[str], lease: int, patience: Patience) -> Plan[boo
 # ------------------------------------------------------ queues and counters
 
 
-class Numbers(Protocol):
-    """What makes a write one that is done once: a session."""
-
-    def stamp(self, question: Question[T]) -> Question[T]:
-        """The same question with the session's name and its next number."""
-
-
 def append(name: str, value: Any, numbers: Numbers) -> Plan[int]:
     """Put `value` at the end of a queue; returns its ticket.
 
     The ticket is drawn first, so of two puts of which one ended before the other began, the first one's comes first.
     """
-    drawn = yield from ask(numbers.stamp(questions.incr(f"{ROOT}tickets/{name}")))
+    drawn = yield from ask(questions.incr(f"{ROOT}tickets/{name}"), numbers)
     key = key_of(prefix_of("queue", name), drawn.value)
-    yield from ask(numbers.stamp(questions.put(key, value)))
+    yield from ask(questions.put(key, value), numbers)
     return drawn.value
 
 
@@ -349,7 +345,7 @@ def take(name: str, numbers: Numbers, patience: Patience) -> Plan[Item | None]:
         page = yield from ask(questions.scan(prefix, limit=QUEUE_PAGE))
         items = numbered(page.items, prefix)
         for item in items:
-            done = yield from ask(numbers.stamp(questions.delete(item.key, {"rev": item.rev})))
+            done = yield from ask(questions.delete(item.key, {"rev": item.rev}), numbers)
             if done.deleted:
                 return item
         if patience.over:

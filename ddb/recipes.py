@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ddb import keeping, plans, questions
 from ddb.errors import BadRequest, Compacted, DdbError, LockLost, NotInTime, SessionExpired
 from ddb.holding import Holding
-from ddb.keeping import Numbers
-from ddb.leases import Lease, Session, now, whoami
+from ddb.leases import Lease, Numbers, Session, now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
 
 if TYPE_CHECKING:
@@ -380,7 +379,7 @@ class _Sessional:
 
     def _numbers(self) -> Numbers:
         around = keeping.current(self._client)
-        if around is not None:
+        if isinstance(around, Numbers):
             return around
         if self._session is None:
             self._session = self._client.session().open()
@@ -470,7 +469,7 @@ class Counter(_Sessional):
         ...     counter.incr(), counter.incr(-1), counter.get()
         (1, 0, 0)
         """
-        done = self._once(lambda numbers: plans.ask(numbers.stamp(questions.incr(self.key, by))))
+        done = self._once(lambda numbers: plans.ask(questions.incr(self.key, by), numbers))
         value: int = done.value
         return value
 
