@@ -19,7 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from ddb import results, wire
 from ddb.calls import BACKOFF_FIRST_S, BACKOFF_MAX_S, Failed, Knowledge, Sleep
@@ -145,7 +145,8 @@ class Following:
         try:
             yield Connect(address, wire.encode(request), self._now() + CONNECT_S)
             head = yield from self._message(HEAD_S)
-            self._check(address, head)
+            if head.get("ok") is not True:
+                self._refuse(address, head)
             begun = self._began = True
             self._knowledge.turn("connected")
             if self.next_rev is None:
@@ -153,11 +154,13 @@ class Following:
             yield Told(None)
             while True:
                 message = yield from self._message(SILENCE_S)
-                if "event" not in message or message["event"] == "error":
-                    self._check(address, message)
+                if message.get("event") not in ("put", "delete", "progress"):
+                    self._refuse(address, message)
                 skip = yield from self._take(message, skip)
         except Failed as failure:
             self._failures[address] = Unreachable(f"{address} does not serve a watch ({failure.reason})")
+        except (KeyError, TypeError, ValueError):
+            self._failures[address] = Unreachable(f"{address} told something that is no change")
         except DdbError as error:
             if not (error.retry or isinstance(error, Compacted)):
                 raise
@@ -175,10 +178,10 @@ class Following:
             raise Failed("it answered something that is no message", sent=True)
         return message
 
-    def _check(self, address: str, message: dict[str, Any]) -> None:
+    def _refuse(self, address: str, message: dict[str, Any]) -> NoReturn:
         """Raise what a refusal stands for, or the end of a stream."""
-        if message.get("ok") is True:
-            return
+        if "error" not in message:
+            raise Failed("it answered something that is no message", sent=True)
         text = str(message.get("message") or f"{address} ended a watch with {message.get('error')!r}.")
         fields = {name: value for name, value in message.items() if name in ("oldest", "leader")}
         raise BY_CODE.get(str(message.get("error")), Internal)(text, **fields)
@@ -192,9 +195,10 @@ class Following:
                 self.next_rev, self._seen, skip = rev + 1, 0, 0
             yield Told(None)
         elif rev > self.next_rev or (rev == self.next_rev and not skip):
+            event = results.event(message)
             self._seen = self._seen + 1 if rev == self.next_rev else 1
             self.next_rev = rev
-            yield Told(results.event(message))
+            yield Told(event)
             return 0
         elif rev == self.next_rev:
             return skip - 1
