@@ -37,9 +37,11 @@ PROGRESS_S: Final = 90.0
 CHAOS_S: Final = 30.0
 LOOK_EVERY_STEPS: Final = 50
 LEASES_END_S: Final = max(TTLS_S) * 1.1 + 2.0  # when nobody keeps them alive, and nobody leads anew
+WATCHERS_S: Final = 30.0  # until everybody who watches has been told everything
 GRACE_S: Final = 10.0  # for clients to end their last call
 CONFIGURATIONS_MAX: Final = 4_000  # of the checker's search, for each key: a run is not to take minutes
 PROGRESS: Final = "a healed cluster elects a leader, converges and answers"
+TOLD: Final = "a healed cluster tells everybody who watches everything"
 LINEARIZABLE: Final = "what clients saw is linearizable (Herlihy and Wing 1990)"
 
 
@@ -196,6 +198,10 @@ class Simulation:
     def _heal(self) -> None:
         """End all faults, and wait for what a healed cluster owes."""
         town = self.town
+        for name in town.nodes:
+            node = town.node(name)
+            if node is not None and name not in town.rotten:
+                town.tenure.look_at_digest(name, node)
         for undo in self._undone:
             undo()
         self._undone.clear()
@@ -218,10 +224,21 @@ class Simulation:
         self._turn(agenda.now + 10.0, lambda: bool(replies))
         if not self._is_over and (not replies or isinstance(replies[0], DdbError)):
             raise Violation(PROGRESS, "town", f"a write is answered with {replies}")
+        self._await_watchers()
         if not self._turn(agenda.now + LEASES_END_S, lambda: not town.tenure.leases) and not self._is_over:
             raise Violation(
                 ENDS, "town", f"{LEASES_END_S:g} s after the last keep-alive there are {town.tenure.leases}"
             )
+
+    def _await_watchers(self) -> None:
+        """Whoever watches is told everything, once nothing goes wrong any more."""
+        town = self.town
+        last = town.rules.committed
+        done = self._turn(town.agenda.now + WATCHERS_S, lambda: all(watcher.told >= last for watcher in town.watchers))
+        if not done and not self._is_over:
+            raise Violation(TOLD, "town", f"{WATCHERS_S:g} s after revision {last}: {town.watchers}")
+        for watcher in town.watchers:
+            watcher.stop()
 
     def _judge(self) -> None:
         """Hold what the clients saw against what could have been."""

@@ -145,8 +145,8 @@ def _reset(fault: Fault, town: Town) -> Undo:
     """The connections between two nodes break, or those of the clients with one."""
     order = town.nodes_from(fault.where)
     if fault.how < 0.3:
-        for client in town.clients:
-            town.network.reset(client.name, order[0])
+        for name in [who.name for who in town.clients] + [who.name for who in town.watchers]:
+            town.network.reset(name, order[0])
         return None
     town.network.reset(order[0], order[1])
     if fault.how < 0.6:

@@ -30,6 +30,7 @@ from ddb.simnet import Network
 from ddb.simrules import Rules, Violation
 from ddb.simtenants import Holder, SessionClient
 from ddb.simtenure import TenureRules
+from ddb.simwatch import Truth, Watcher
 from ddb.sync import Policy
 
 NODES_MAX: Final = 7
@@ -57,6 +58,7 @@ class Plan:
     sessions: int = 0  # clients with a session
     holders: int = 0  # clients with a lease
     session_unused_s: float = 3600.0
+    watchers: int = 0
 
 
 def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
@@ -88,6 +90,7 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         sessions=rng.choice([0, 1, 2]),
         holders=rng.choice([0, 1, 2]),
         session_unused_s=rng.choice([1.0, 4.0, 3600.0]),
+        watchers=rng.choice([0, 1, 2]),
     )
 
 
@@ -135,6 +138,8 @@ class Town:
         self.nodes: list[str] = []
         self.clients: list[Client] = []
         self.holders: list[Holder] = []
+        self.watchers: list[Watcher] = []
+        self.truth = Truth(self.rules)
         self.history: list[Operation] = []
         self.back_in_s: dict[str, float] = {}
         self.healed = False
@@ -385,6 +390,9 @@ class Town:
         for number in range(self.plan.holders):
             host, own = self._host(f"h{number + 1}"), random.Random(rng.getrandbits(64))
             self.holders.append(Holder(host, addresses, own, self.tenure))
+        for number in range(self.plan.watchers):
+            host, own = self._host(f"w{number + 1}"), random.Random(rng.getrandbits(64))
+            self.watchers.append(Watcher(host, addresses, own, self.truth, self.met, self.note))
 
     def _record(self, operation: Operation) -> None:
         self.history.append(operation)
