@@ -119,6 +119,8 @@ class Holder:
         self._addresses = addresses
         self._rng = rng
         self._rules = rules
+        self._stays = rng.random() < 0.5  # asks the node that served it last, and nobody else while it answers
+        self._served_by: str | None = None
         self._caller = Caller(host, Knowledge(list(addresses), discover=rng.random() < 0.5), rng)
         self._loop = SimLoop(host)
         self._lease = 0
@@ -133,9 +135,12 @@ class Holder:
 
     def _call(self, request: Request, done: Callable[[Request | DdbError, float], None]) -> None:
         asked = self._host.agenda.now
-        at = self._rng.choice(self._addresses) if self._rng.random() < 0.6 else None
+        at = self._served_by if self._stays else None
+        if at is None and self._rng.random() < 0.6:
+            at = self._rng.choice(self._addresses)
 
         def answered(reply: Request | DdbError) -> None:
+            self._served_by = None if isinstance(reply, DdbError) else at
             if not self.stopped:
                 done(reply, asked)
 
@@ -162,17 +167,20 @@ class Holder:
         self._count += 1
         rng, lease = self._rng, self._lease
         keys = rng.sample([f"~{self.name}.{n}" for n in range(4)], 2)
-        puts: list[Request] = [{"op": "put", "key": key, "value": self._count, "lease": lease} for key in keys]
+        value = f"v{self._count}"
+        puts: list[Request] = [{"op": "put", "key": key, "value": value, "lease": lease} for key in keys]
         draw = rng.random()
-        if draw < 0.3:
+        if draw < 0.2:
             return puts[0]
-        if draw < 0.5:
+        if draw < 0.4:
             return {**puts[0], "if": {"version": rng.randrange(2)}}
-        if draw < 0.7:
-            return {"op": "batch", "ops": [*puts, {"op": "put", "key": f"~{self.name}.free", "value": self._count}]}
-        if draw < 0.9:
+        if draw < 0.55:
+            return {"op": "batch", "ops": [*puts, {"op": "put", "key": f"~{self.name}.free", "value": value}]}
+        if draw < 0.75:
             return {"op": "txn", "if": [{"key": keys[0], "exists": False}], "then": puts, "else": puts[1:]}
-        return {"op": "put", "key": keys[0], "value": self._count}
+        if draw < 0.9:  # the last of which the data refuse, so that none of it is done
+            return {"op": "txn", "then": [*puts, {"op": "delete", "key": keys[1]}, {"op": "incr", "key": keys[0]}]}
+        return {"op": "put", "key": keys[0], "value": value}
 
     def _keep(self) -> None:
         if self.stopped:

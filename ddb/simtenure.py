@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
+from zlib import crc32
 
 from ddb import wire
 from ddb.codec import decode_batch
+from ddb.errors import CorruptStore
 from ddb.messages import Batch, Command
 from ddb.node import Node
 from ddb.sessions import REPLIES_MAX
@@ -33,6 +35,7 @@ UNUSED: Final = "a session that is used is not forgotten (dissertation §6.3)"
 NOT_EARLY: Final = "a lease lives its ttl after the last keep-alive that was answered (tenure.py)"
 BY_LOG: Final = "leases and sessions end by an entry of the log (leasebook.py)"
 WITH_KEYS: Final = "with a lease go its keys, all in that entry, and no others (leasebook.py)"
+COVERED: Final = "the digest covers all rows, sessions and leases (ledger.py)"
 ENDS: Final = "a lease that nobody keeps alive ends (tenure.py)"
 RATE_MAX: Final = 1.03  # of a clock, where they differ
 EPSILON_S: Final = 1e-6
@@ -83,6 +86,20 @@ class TenureRules:
             answer(batch, replies)
 
         replica._answer_writes = watch_answers  # type: ignore[method-assign]
+
+    def look_at_digest(self, host: str, node: Node) -> None:
+        """Hold the digest that `node` tells the others against what it should cover, counted here once more."""
+        table = node.replica.machine.table
+        if node.replica.diverged:
+            return
+        try:
+            rows = [b"%b\n%b\n%d %d %d" % (key.encode(), *row[:4]) for key, row in table.rows()]
+        except CorruptStore:
+            return  # it will notice by itself
+        records = [b"%b\n%b" % (name.encode(), value) for name, value in table.ledger.records.items()]
+        digest = sum(crc32(text) ** 2 for text in rows + records) % 2**64
+        if digest != table.digest:
+            raise Violation(COVERED, host, f"{digest:016x} is told as {table.digest:016x} by {node!r}")
 
     # -- what clients were told
 

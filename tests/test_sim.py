@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from ddb import sim, simduties, simrules, simtown
+from ddb import sim, simduties, simrules, simtenure, simtown
 from ddb.cli import main
 from ddb.leadership import Leadership
 from ddb.sim import LINEARIZABLE, Options, Result, minimize, run
@@ -44,11 +44,17 @@ RARE = {
     "in doubt",
     "leader stepped down by itself",
     "leadership handed over",
+    "lease expired",
+    "lease kept alive",
+    "lease revoked",
     "learner promoted",
     "message lost",
     "message overtaken",
     "message repeated",
     "registry wiped",
+    "session expired",
+    "write of a forgotten session refused",
+    "write of a session repeated",
     "removed node started anew",
     "snapshot installed",
     "stale leader refused",
@@ -258,7 +264,7 @@ def test_the_documentation_names_every_fault_and_every_rule() -> None:
     text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
     for kind, strike in KINDS.items():
         assert f"| `{kind}` | {str(strike.__doc__).splitlines()[0].rstrip('.')} |" in text
-    for module in (simrules, simduties, simtown, sim):
+    for module in (simrules, simduties, simtenure, simtown, sim):
         for name, rule in vars(module).items():
             if name.isupper() and isinstance(rule, str) and " " in rule:
                 assert f"| {rule} |" in text, name
