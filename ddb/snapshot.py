@@ -27,7 +27,7 @@ import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -416,15 +416,18 @@ def copy(disk: Disk, source: Path, path: Path) -> Copy:
         raise
 
 
-def check_copy(disk: Disk, path: Path, sha256: str | None = None) -> Meta:
+def check_copy(
+    disk: Disk, path: Path, sha256: str | None = None, take: Callable[[tuple[str, ...]], object] = len
+) -> Meta:
     """Make sure that the file at `path`, received from elsewhere, is a whole and right database, and durable; for a
-    worker thread. Returns which state it is. Raises CorruptStore, StartupError or OSError."""
+    worker thread. `take` is given its keys, some at a time. Returns which state it is. Raises CorruptStore,
+    StartupError or OSError."""
     _, found = _fsync_and_hash(disk, path)
     if sha256 is not None and found != sha256:
         raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
-        for _ in verify(connection, path):  # whose data is being replaced serves nobody meanwhile
-            pass
+        for keys in verify(connection, path):  # not gently: whose data is being replaced serves nobody meanwhile
+            take(keys)
         return read_meta(connection, path)
 
 

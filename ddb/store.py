@@ -61,6 +61,7 @@ STATEMENT_ROWS: Final = 500  # 3,000 variables; SQLite allows 32,766
 STATEMENT_BYTES_MAX: Final = 4 << 20  # SQLite copies what is bound to a statement
 SORTED_KEYS_MAX: Final = 2000  # sorted in one go, about: a millisecond without giving up the interpreter
 SLICE_KEYS: Final = 1000  # handled without a pause: some 0.3 ms
+RECEIVED_ROW_BYTES: Final = 300  # in a file whose rows have not been counted yet, about
 OVERSAMPLING: Final = 8
 WRITER_CACHE_KIB: Final = 16 << 10
 HISTORY_PAGE_ROWS: Final = 200
@@ -303,8 +304,15 @@ class Store:
         with self.working():
             return snapshot.copy(self.disk, self.path, Path(path))
 
-    def install(self, received: str | Path) -> None:
-        """Put the file `received`, which `snapshot.check_copy` has passed, in the place of this one, and forget all rows.
+    def check_received(self, received: Path, sha256: str) -> tuple[Meta, KeyFilter]:
+        """Make sure that the file `received` is what was sent, whole and right, and durable; for a worker thread. Returns
+        its state and its keys, for `install`. Raises CorruptStore, StartupError or OSError."""
+        keys = KeyFilter(file_bytes(self.disk, received) // RECEIVED_ROW_BYTES)
+        return snapshot.check_copy(self.disk, received, sha256, keys.add), keys
+
+    def install(self, received: str | Path, keys: KeyFilter | None = None) -> None:
+        """Put the file `received`, which `check_received` has passed, in the place of this one, and forget all rows.
+        `keys` are those that it found; without them, the file is to be verified again.
 
         No worker may be at work on this store. A crash at any point leaves the old file or the new one. Afterwards the
         state is that of the new `meta`. Raises CorruptStore, StartupError or OSError; the store is then closed.
@@ -320,6 +328,7 @@ class Store:
             self.close()
             snapshot.put_in_place(self.disk, Path(received), self.path)
             self._load()
+            self._filter = self._filter if keys is None else keys
         finally:
             self._working.release()
 

@@ -27,6 +27,7 @@ from ddb.config import Bounds
 from ddb.disk import Disk, OsDisk, remove_if_there, write_all
 from ddb.errors import CorruptStore, ReadOnly, invariant
 from ddb.kv import Machine
+from ddb.layers import KeyFilter
 from ddb.messages import Batch, InstallSnapshot, SnapshotReply, SnapshotRequest
 from ddb.raft import Ready
 from ddb.replica import Replica, Waiter
@@ -119,7 +120,7 @@ class Sync:
         self._wanted_index = 0  # a copy has what was applied when it was wanted; more would be a race with the writes
         self._sendings: dict[str, _Sending] = {}
         self._receiving: _Receiving | None = None
-        self._verified: snapshot.Meta | None = None  # what was received, waiting for a checkpoint to end
+        self._verified: tuple[snapshot.Meta, KeyFilter] | None = None  # received, waiting for a checkpoint to end
         for path in (self._copy_path, self._incoming_path):
             remove_if_there(self._disk, path)
         if not store.verified:
@@ -410,8 +411,8 @@ class Sync:
         if receiving.received >= receiving.size and receiving.handle is not None:
             self._disk.close(receiving.handle)
             receiving.handle = None
-            disk, path, sha256 = self._disk, self._incoming_path, receiving.sha256
-            self._background(lambda: snapshot.check_copy(disk, path, sha256), self._on_verified)
+            path, sha256 = self._incoming_path, receiving.sha256
+            self._background(lambda: self._store.check_received(path, sha256), self._on_verified)
 
     def _is_useless(self, index: int) -> bool:
         """Whether the state of `index` would bring nothing that is not here."""
@@ -424,23 +425,27 @@ class Sync:
         else:
             self._raft.send(message)  # which keeps it until then
 
-    def _on_verified(self, meta: snapshot.Meta | None, error: Exception | None) -> None:
+    def _on_verified(self, found: tuple[snapshot.Meta, KeyFilter] | None, error: Exception | None) -> None:
         receiving = self._receiving
         if receiving is None:
             return
+        meta = None if found is None else found[0]
         if meta is None or meta.applied != receiving.index or meta.configuration is None:
             log.error("%r: the snapshot received is of no use: %s", self._replica, error or "it is another one")
             self._stop_receiving()
             return
-        self._verified = meta
+        self._verified = found
         if not self._at_work:
             self._install()
 
     def _install(self) -> None:
         """Put the verified snapshot in the state's place, and let the log go on behind it."""
-        meta, receiving = self._verified, self._receiving
+        verified, receiving = self._verified, self._receiving
         self._verified = None
-        if meta is None or receiving is None or meta.configuration is None:
+        if verified is None or receiving is None:
+            return
+        meta, keys = verified
+        if meta.configuration is None:
             return
         raft = self._raft
         fits = meta.applied > raft.commit or raft.log.base_index <= meta.applied
@@ -448,7 +453,7 @@ class Sync:
             if self._begun is not None:
                 self._store.abandon_checkpoint(self._begun[0])
                 self._begun = None
-            self._store.install(self._incoming_path)
+            self._store.install(self._incoming_path, keys)
             self._bytes_since = 0
             if meta.applied > raft.commit:
                 raft.restore(meta.applied, meta.term, meta.configuration)
@@ -459,7 +464,6 @@ class Sync:
             machine.on_changes = self.chronicle.take
             self._replica.restored(machine)
             log.info("%r: installed the snapshot of %d", self._replica, meta.applied)
-            self._in_store(self._store.verify, self._on_store_verified)
         self._stop_receiving()
         self._acknowledge(receiving.src, meta.applied, receiving.size, installed=True)
 

@@ -309,8 +309,10 @@ class StoreModel(RuleBasedStateMachine):
     @rule()
     def install_own_copy(self) -> None:
         copied = self.store.copy_to(self.path.with_name("copy.db"))
-        assert check_copy(OsDisk(), copied.path, copied.sha256) == copied.meta == self.store.meta
-        self.store.install(copied.path)
+        meta, found = self.store.check_received(copied.path, copied.sha256)
+        assert meta == copied.meta == self.store.meta
+        self.store.install(copied.path, found)
+        assert self.store.verified
         self.rev, rows = self.durable
         self.now = dict(rows)
 
