@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 
+from ddb.codec import encode_batch
 from ddb.disk import read_file
-from ddb.kv import checksum
-from ddb.messages import Configuration, InstallSnapshot, Member, SnapshotReply
+from ddb.kv import Machine, checksum
+from ddb.messages import Configuration, InstallSnapshot, SnapshotReply
+from ddb.messages import Member as Voter
 from ddb.raft import Ready
 from ddb.simdisk import SimDisk
 from ddb.snapshot import Copy
@@ -32,9 +35,7 @@ def leaders_copy() -> tuple[Copy, bytes]:
             row = (b'"v"', i + 1, i + 1, 1, checksum(f"key{i}", b'"v"', i + 1, i + 1, 1))
             store.put(f"key{i}", row, None)
             store.digest = (store.digest + row[4] ** 2) % 2**64
-        begun = store.begin_checkpoint(
-            50, 3, Configuration("c", "bully", (Member("id1", "n1", "10.0.0.1:8050", True),))
-        )
+        begun = store.begin_checkpoint(50, 3, Configuration("c", "bully", (Voter("id1", "n1", "10.0.0.1:8050", True),)))
         begun.write()
         store.finish_checkpoint(begun)
         copied = store.copy_to(HOME / "outgoing.db")
@@ -49,7 +50,7 @@ class Receiver:
         self.disk.make_directory(HOME)
         self.store = Store.open(HOME / "state.db", disk=self.disk)
         self.replica = mock.MagicMock(diverged=False)
-        self.replica.raft.commit = self.replica.raft.log.base_index = 0
+        self.replica.raft.commit = self.replica.raft.log.base_index = self.replica.raft.log.let_go = 0
         self.sync = Sync(self.replica, self.store, HOME, self.at_once, mock.Mock(), disk=self.disk)
 
     @staticmethod
@@ -130,3 +131,53 @@ def test_what_an_earlier_process_left_of_a_snapshot_is_removed(receiver: Receive
         receiver.disk.put(HOME / name, b"half of it")
     Sync(receiver.replica, receiver.store, HOME, receiver.at_once, mock.Mock(), disk=receiver.disk).close()
     assert receiver.disk.list(HOME) == ["state.db"]
+
+
+class Member:
+    """A member that applies batches, and writes checkpoints of them at once."""
+
+    def __init__(self, disk: SimDisk) -> None:
+        self.store = Store.open(HOME / "state.db", disk=disk)
+        self.machine = Machine(self.store, self.store.meta.applied)
+        self.replica = mock.MagicMock(diverged=False, machine=self.machine)
+        self.replica.raft.durable = 1 << 62
+        self.replica.raft.log.term_at = lambda index: 3
+        config = Configuration("c", "bully", (Voter("id1", "n1", "10.0.0.1:8050", True),))
+        self.replica.raft.config_at = lambda index: config
+        self.sync = Sync(self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), disk=disk)
+
+    def put(self, count: int) -> None:
+        for _ in range(count):
+            first = self.machine.applied + 1
+            batch = encode_batch(first, 3, 0, [b'["put","k",%d]' % first])
+            self.machine.apply_batch(replace(batch, commands=[["put", "k", b"%d" % first]]))
+
+    def close(self) -> None:
+        self.sync.close()
+        self.store.close()
+
+
+def test_a_checkpoint_takes_history_along_and_a_snapshot_brings_it(receiver: Receiver) -> None:
+    disk = SimDisk()
+    disk.make_directory(HOME)
+    leader = Member(disk)
+    leader.put(30)
+    leader.sync.checkpoint(None, 0.0)
+    leader.put(5)
+    assert leader.store.meta.kept.count == 30
+    told = list(leader.sync.chronicle.records(0))
+    copied = leader.store.copy_to(HOME / "outgoing.db")
+    leader.close()
+    again = Member(disk)
+    assert again.sync.chronicle.oldest == 1
+    assert list(again.sync.chronicle.records(0)) == told[:30]
+    again.close()
+    heard: list[int] = []
+    receiver.sync.chronicle.on_reset = lambda: heard.append(receiver.sync.chronicle.base)
+    assert receiver.offer_all(copied, read_file(disk, copied.path))[-1] == (copied.size_bytes, True)
+    assert heard == [0] and receiver.sync.chronicle.base == 30
+    assert list(receiver.sync.chronicle.records(0)) == told[:30]
+    (machine,) = receiver.replica.restored.call_args.args
+    batch = encode_batch(31, 3, 0, [b'["put","k",31]'])
+    machine.apply_batch(replace(batch, commands=[["put", "k", b"31"]]))
+    assert [record[0] for record in receiver.sync.chronicle.records(29)] == [30, 31]
