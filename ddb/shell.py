@@ -108,6 +108,7 @@ class Shell(cmd.Cmd):
         self._commands = {name: usage for name, usage in self._grammar.commands.items() if name not in NOT_HERE}
         self._begun = ""  # the lines so far of a command that isn't finished
         self._candidates: list[str] = []
+        self._mark = "'"  # the quotation mark that the word to be completed begins with
 
     # ------------------------------------------------------------ a line
 
@@ -277,6 +278,7 @@ class Shell(cmd.Cmd):
         start = word.start if word is not None else len(whole)
         given = [earlier.text for earlier in words]
         skip = len(before) - start  # of a word that began before the place where readline sees its beginning
+        self._mark = '"' if whole[start : start + 1] == '"' else "'"
         offered = [text for text in self._offers(given, word.text if word else "") if text]
         return [text[max(skip, 0) :] for text in offered]
 
@@ -307,7 +309,7 @@ class Shell(cmd.Cmd):
         if choices:
             return [f"{choice} " for choice in choices if choice.startswith(begun)]
         if metavar in KEYS:
-            return [shellwords.quoted(key) for key in self.keys(begun)]
+            return [shellwords.quoted(key, self._mark) for key in self.keys(begun)]
         if metavar == "NAME":
             names = [member.name for member in self._client.members(timeout_s=COMPLETION_S)]
             return [f"{name} " for name in sorted(names) if name.startswith(begun)]

@@ -49,9 +49,13 @@ def complete(line: str) -> bool:
     return all(word.closed for word in words(line))
 
 
-def quoted(text: str) -> str:
-    """`text` as one word."""
-    return text if text and not set(text) & set("'\"\\{[" + BLANKS) else shlex.quote(text)
+def quoted(text: str, mark: str = "'") -> str:
+    """`text` as one word, in quotation marks where it needs them: `mark`, ' or "."""
+    if text and not set(text) & set("'\"\\{[" + BLANKS):
+        return text
+    if mark == '"':
+        return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return shlex.quote(text)
 
 
 def in_one_line(line: str) -> str | None:

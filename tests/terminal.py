@@ -61,6 +61,16 @@ class Terminal:
             print(self.screen())
             raise
 
+    def interrupt(self, prompt: str) -> None:
+        """Ctrl-C, and wait for another `prompt`: what is typed before that, is lost."""
+        before = self.screen().count(prompt)
+        self.type(CTRL_C)
+        try:
+            wait(lambda: self.screen().count(prompt) > before, what=f"{prompt!r} after Ctrl-C")
+        except AssertionError:
+            print(self.screen())
+            raise
+
     def wait_ended(self) -> None:
         """Wait until the program has ended."""
         wait(lambda: not self._kind.alive(), what="the program ends")

@@ -28,6 +28,7 @@ def test_a_quoted_text_is_one_word_and_itself(given_texts: list[str]) -> None:
     line = "put " + " ".join(map(quoted, given_texts))
     assert complete(line)
     assert texts(line)[1:] == given_texts
+    assert texts("put " + " ".join(quoted(text, '"') for text in given_texts))[1:] == given_texts
 
 
 @given(st.lists(st.text("abc'\"\\ \t", max_size=8), max_size=4))
