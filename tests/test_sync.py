@@ -141,6 +141,8 @@ class Member:
         self.machine = Machine(self.store, self.store.meta.applied)
         self.replica = mock.MagicMock(diverged=False, machine=self.machine)
         self.replica.raft.durable = 1 << 62
+        self.replica.raft.log.base_index = 1 << 62  # there is no log to compact
+        self.replica.raft.log.let_go = 0
         self.replica.raft.log.term_at = lambda index: 3
         config = Configuration("c", "bully", (Voter("id1", "n1", "10.0.0.1:8050", True),))
         self.replica.raft.config_at = lambda index: config
@@ -167,6 +169,7 @@ def test_a_checkpoint_takes_history_along_and_a_snapshot_brings_it(receiver: Rec
     assert leader.store.meta.kept.count == 30
     told = list(leader.sync.chronicle.records(0))
     copied = leader.store.copy_to(HOME / "outgoing.db")
+    content = read_file(disk, copied.path)
     leader.close()
     again = Member(disk)
     assert again.sync.chronicle.oldest == 1
@@ -174,7 +177,7 @@ def test_a_checkpoint_takes_history_along_and_a_snapshot_brings_it(receiver: Rec
     again.close()
     heard: list[int] = []
     receiver.sync.chronicle.on_reset = lambda: heard.append(receiver.sync.chronicle.base)
-    assert receiver.offer_all(copied, read_file(disk, copied.path))[-1] == (copied.size_bytes, True)
+    assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
     assert heard == [0] and receiver.sync.chronicle.base == 30
     assert list(receiver.sync.chronicle.records(0)) == told[:30]
     (machine,) = receiver.replica.restored.call_args.args

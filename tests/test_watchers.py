@@ -128,7 +128,7 @@ class Carrier:
             if self.stream is None or not self.stream.is_ready:
                 return
             self.stream.told_of_room()
-            if pieces is not None or not self.waiting:
+            if pieces is not None:
                 return
 
     def events(self) -> list[dict[str, Any]]:
@@ -370,6 +370,35 @@ def test_who_takes_the_past_as_fast_as_it_grows_is_not_dropped(monkeypatch: pyte
     assert not slot.connection.closing
     slot.connection.drain()
     assert changes(slot) == node.all
+
+
+def test_what_comes_while_there_is_no_room_is_told_when_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "STREAM_BYTES_MAX", 200)
+    monkeypatch.setattr(watchers, "STREAM_BYTES_MAX", 200)
+    node = Node()
+    slot = node.watch(key="a", **{"from": 1})
+    slot.connection.drain()
+    for _ in range(3):
+        for i in range(20):
+            node.apply(put("a", i))
+            node.watching.turn()
+        assert slot.connection.most_bytes < 300
+        slot.connection.drain()
+        node.apply(put("a", "live again"))
+        node.watching.turn()
+        slot.connection.drain()
+    assert changes(slot) == node.all
+
+
+def test_a_turn_never_ends_within_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchers, "RECORDS_A_TURN", 2)
+    node = Node()
+    for i in range(3):
+        node.apply(put("a", i), both(*[put(f"k{j}", i) for j in range(5)]))
+    slot = node.watch(prefix="", **{"from": 1})
+    for _ in range(20):
+        slot.connection.drain(1)
+    assert changes(slot) == node.all and len(node.all) == 18
 
 
 def test_a_watcher_that_the_chronicle_left_behind_is_dropped() -> None:

@@ -14,5 +14,16 @@ from tests.mutants.reads import READS
 from tests.mutants.replication import REPLICATION
 from tests.mutants.storage import STORAGE
 from tests.mutants.tenancy import TENANCY
+from tests.mutants.watching import WATCHING_BUGS
 
-CATALOGUE: list[Mutant] = [*ELECTIONS, *REPLICATION, *READS, *MEMBERS, *DOUBT, *STORAGE, *CLUSTER, *TENANCY]
+CATALOGUE: list[Mutant] = [
+    *ELECTIONS,
+    *REPLICATION,
+    *READS,
+    *MEMBERS,
+    *DOUBT,
+    *STORAGE,
+    *CLUSTER,
+    *TENANCY,
+    *WATCHING_BUGS,
+]
