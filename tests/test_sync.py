@@ -50,7 +50,8 @@ class Receiver:
         self.disk.make_directory(HOME)
         self.store = Store.open(HOME / "state.db", disk=self.disk)
         self.replica = mock.MagicMock(diverged=False)
-        self.replica.raft.commit = self.replica.raft.log.base_index = self.replica.raft.log.let_go = 0
+        log = self.replica.raft.log
+        self.replica.raft.commit = self.replica.machine.applied = log.base_index = log.let_go = 0
         self.sync = Sync(self.replica, self.store, HOME, self.at_once, mock.Mock(), disk=self.disk)
 
     @staticmethod
