@@ -176,10 +176,11 @@ def test_a_checkpoint_takes_history_along_and_a_snapshot_brings_it(receiver: Rec
     assert again.sync.chronicle.oldest == 1
     assert list(again.sync.chronicle.records(0)) == told[:30]
     again.close()
-    heard: list[int] = []
-    receiver.sync.chronicle.on_reset = lambda: heard.append(receiver.sync.chronicle.base)
+    heard: list[bool] = []
+    receiver.sync.chronicle.on_reset = lambda: heard.append(receiver.replica.restored.called)
     assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
-    assert heard == [0] and receiver.sync.chronicle.base == 30
+    assert heard == [False], "its watchers are told first"
+    assert receiver.sync.chronicle.base == 30
     assert list(receiver.sync.chronicle.records(0)) == told[:30]
     (machine,) = receiver.replica.restored.call_args.args
     batch = encode_batch(31, 3, 0, [b'["put","k",31]'])
