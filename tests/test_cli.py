@@ -21,6 +21,7 @@ from ddb import cli, errors
 from ddb.overview import wants_colour
 from tests.fake_server import FakeServer, failure
 from tests.harness import REPOSITORY, environment, wait
+from tests.terminal import Terminal
 
 
 @dataclass
@@ -122,6 +123,85 @@ def test_output_is_utf_8_whatever_the_locale_says(server: FakeServer) -> None:
     argv = [sys.executable, "-m", "ddb", "--server", server.address, "get", "k"]
     env = environment(PYTHONIOENCODING="ascii", LC_ALL="C")
     assert subprocess.run(argv, capture_output=True, env=env, check=True).stdout.decode() == "Ærø \U0001f30a\n"
+
+
+# Formats
+
+
+def test_results_come_as_tables_csv_json_or_raw_values(server: FakeServer, ddb: Run) -> None:
+    server.answer = lambda request: {"ok": True, "found": True, **item("k", "a,b")}
+    assert (
+        ddb("get", "k", "-o", "table").out == "KEY  VALUE  REV  CREATED  VERSION\nk    a,b      7        3        2\n"
+    )
+    assert ddb("get", "k", "-o", "csv").out == 'key,value,rev,created,version\r\nk,"a,b",7,3,2\r\n'
+    assert ddb("-o", "raw", "get", "k").out == "a,b"
+    assert ddb("get", "k", "-o", "json").out == ddb("get", "k", "--json").out
+    server.answer = lambda request: {"ok": True, "items": [item("a", 1), item("b", "x")], "more": False, "rev": 9}
+    assert ddb("scan", "-o", "raw").out == "1\nx\n"
+    assert ddb("scan", "-o", "csv", "--keys-only").out.splitlines() == ["key,rev,created,version", "a,7,3,2", "b,7,3,2"]
+    server.answer = lambda request: {"ok": True, "rev": 12, "version": 1, "value": 5, "count": 3}
+    assert ddb("put", "k", "v", "-o", "csv").out.splitlines() == ["key,rev,version", "k,12,1"]
+    assert ddb("put", "k", "v", "-o", "raw").out == "12\n"
+    assert ddb("incr", "k", "-o", "raw").out == "5\n"
+    assert ddb("count", "-o", "table").out.splitlines() == ["COUNT  REV", "    3   12"]
+
+
+def test_a_format_that_a_command_does_not_have_is_a_usage_error(ddb: Run) -> None:
+    for argv in (["get", "k", "-o", "xml"], ["-o", "csv", "verify"], ["verify", "-o", "csv"], ["-o", "raw", "status"]):
+        ran = ddb(*argv)
+        assert (ran.code, ran.out) == (2, "") and re.fullmatch(r"ddb[^\n]*\n", ran.err)
+
+
+def test_several_keys_are_shown_each_with_its_value(server: FakeServer, ddb: Run) -> None:
+    server.answer = lambda request: {"ok": True, "found": request["key"] != "c", **item(request["key"], request["key"])}
+    ran = ddb("get", "a", "b", "c")
+    assert ran == Ran(3, "a\ta\nb\tb\n", "ddb: There is nothing under 'c'.\n")
+
+
+# Keys and values from elsewhere
+
+
+def test_keys_and_values_come_from_files_and_standard_input(server: FakeServer, ddb: Run, tmp_path: Path) -> None:
+    server.answer = lambda request: {"ok": True, "rev": 1, "deleted": 1, "found": True, **item("k", "v")}
+    text, raw, keys = tmp_path / "text", tmp_path / "raw", tmp_path / "keys"
+    text.write_text("på\n")
+    raw.write_bytes(b"\x00\xff")
+    keys.write_text("one\ntwo words\n@odd\n")
+    ddb("put", "k", f"@{text}")
+    ddb("put", "k", f"@{raw}", "--bytes")
+    ddb("put", "k", "AP8=", "-t", "base64")
+    ddb("put", "k", "@@handle")
+    ddb("put", f"@{text}", "v")
+    assert [(r["key"], r["value"]) for r in server.requests] == [
+        ("k", "på\n"), ("k", {"$b64": "AP8="}), ("k", {"$b64": "AP8="}), ("k", "@handle"), ("på", "v"),
+    ]  # fmt: skip
+    server.requests.clear()
+    ddb("del", f"@{keys}", "@@three")
+    assert [r["key"] for r in server.requests] == ["one", "two words", "@odd", "@three"]
+    server.requests.clear()
+    command("get", "-", server=server.address, input=b"a\nb\n")
+    assert [r["key"] for r in server.requests] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["put", "-", "-"], 2),
+        (["put", "k", "@"], 2),
+        (["put", "k", "@/nonexistent"], 1),
+        (["put", "k", "!", "-t", "base64"], 2),
+    ],
+)
+def test_what_can_t_be_read_gets_a_sentence(ddb: Run, argv: list[str], code: int) -> None:
+    ran = ddb(*argv)
+    assert ran.code == code and re.fullmatch(r"ddb: [^\n]+\n", ran.err)
+
+
+def test_bytes_are_not_let_loose_on_a_terminal(server: FakeServer, tmp_path: Path) -> None:
+    server.answer = lambda request: {"ok": True, "found": True, **item("k", {"$b64": "G1sySg=="})}
+    argv = [sys.executable, "-m", "ddb", "--server", server.address, "get", "k"]
+    with Terminal(argv, tmp_path, environment(), False) as terminal:
+        terminal.wait_for('{"$b64":"G1sySg=="}')
 
 
 # Exit codes
@@ -373,7 +453,7 @@ def test_every_command_explains_itself_with_examples_that_parse(ddb: Run, name: 
         assert example in ran.out
         used = [part for part in re.split(r" \| | > | < ", example) if part.startswith(f"ddb {name}")]
         assert used
-        assert cli.parser().parse_args(shlex.split(used[0])[1:]).command == name
+        assert cli.parse(shlex.split(used[0])[1:]).command == name
 
 
 @pytest.mark.parametrize("launcher", ["ddb", "ddb-node", "ddb-registry"])
