@@ -33,6 +33,7 @@ SAME_REPLY: Final = "every reply to one write of a session is the first (dissert
 KEPT_LONG: Final = "a session keeps what a client with 64 open writes may ask for (sessions.py)"
 UNUSED: Final = "a session that is used is not forgotten (dissertation §6.3)"
 NOT_EARLY: Final = "a lease lives its ttl after the last keep-alive that was answered (tenure.py)"
+COUNTED: Final = "a keep-alive that is answered counts with whoever leads (dissertation §6.4)"
 BY_LOG: Final = "leases and sessions end by an entry of the log (leasebook.py)"
 WITH_KEYS: Final = "with a lease go its keys, all in that entry, and no others (leasebook.py)"
 COVERED: Final = "the digest covers all rows, sessions and leases (ledger.py)"
@@ -74,18 +75,33 @@ class TenureRules:
         self._leases: dict[int, _Lease] = {}
         self._ended: dict[int, tuple[float, _Lease]] = {}  # expired leases: when
         self._of: dict[str, int] = {}  # key -> lease
+        self._begun: list[tuple[float, int]] = []  # since when the leader of a term counts
+        self._renewed: dict[
+            int, list[tuple[float, int]]
+        ] = {}  # lease -> when it was kept alive, by the leader of a term
 
     def attach(self, host: Host, node: Node) -> None:
         """Watch the program that has just begun on `host`."""
-        replica = node.replica
-        answer = replica._answer_writes
+        replica, tenure = node.replica, node.tenure
+        answer, begin, keep = replica._answer_writes, tenure._begin, tenure.keep_alive
 
         def watch_answers(batch: Batch, replies: list[bytes]) -> None:
             if batch.config is None:
                 self._look(host, node, batch, replies)
             answer(batch, replies)
 
+        def watch_begin(term: int, now: float) -> None:
+            self._begun.append((self._now(), term))
+            begin(term, now)
+
+        def watch_keep(lease: int, now: float) -> int:
+            ttl_ms = keep(lease, now)
+            self._renewed.setdefault(lease, []).append((self._now(), replica.raft.term))
+            return ttl_ms
+
         replica._answer_writes = watch_answers  # type: ignore[method-assign]
+        tenure._begin = watch_begin  # type: ignore[method-assign]
+        tenure.keep_alive = watch_keep  # type: ignore[method-assign]
 
     def look_at_digest(self, host: str, node: Node) -> None:
         """Hold the digest that `node` tells the others against what it should cover, counted here once more."""
@@ -118,6 +134,11 @@ class TenureRules:
     def kept_alive(self, lease: int, asked: float) -> None:
         """A client was told that `lease`, which it asked to keep alive at `asked`, is alive."""
         self.met("lease kept alive")
+        leads = max((term for at, term in self._begun if at < asked), default=0)
+        renewed = self._renewed.get(lease, [])
+        if not any(at >= asked and term >= leads for at, term in renewed):
+            what = f"lease {lease}, asked for at {asked:.6f}, when term {leads} counted: {renewed[-3:]}"
+            raise Violation(COUNTED, "a client", what)
         if lease in self._ended:
             ended, known = self._ended[lease]
             self._look_at_end("a client", lease, known, max(asked, known.since), ended)

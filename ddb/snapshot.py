@@ -61,6 +61,7 @@ SELECT_CHECKED: Final = (  # what kv.checksum is of
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 HASHED_BYTES: Final = 256 << 10  # read in one go
+RECORDS_AT_ONCE: Final = 500
 PAUSE_EVERY_ROWS: Final = 500
 FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)  # the second: damage that SQLite quotes in what it says of it
 PAUSE_S: Final = 0.0005  # long enough for a waiting loop thread to get the interpreter
@@ -288,10 +289,23 @@ def select_rows(
 
 def write_records(connection: sqlite3.Connection, records: dict[str, bytes | None]) -> None:
     """Write these records of the ledger (None: remove them), inside the open transaction."""
-    there = [(name, value, record_checksum(name, value)) for name, value in records.items() if value is not None]
-    gone = [(name,) for name, value in records.items() if value is None]
-    connection.executemany("INSERT OR REPLACE INTO ledger VALUES (?, CAST(? AS TEXT), ?)", there)
-    connection.executemany("DELETE FROM ledger WHERE name = ?", gone)
+    names = iter(records)
+    while some := list(islice(names, RECORDS_AT_ONCE)):  # one statement each: see store.py on the interpreter
+        there: list[Any] = []
+        gone: list[str] = []
+        for name in some:
+            value = records[name]
+            if value is None:
+                gone.append(name)
+            else:
+                there += (name, value, record_checksum(name, value))
+        if there:
+            rows = ", ".join(["(?, CAST(? AS TEXT), ?)"] * (len(there) // 3))
+            connection.execute(f"INSERT OR REPLACE INTO ledger VALUES {rows}", there)
+        if gone:
+            connection.execute(f"DELETE FROM ledger WHERE name IN ({', '.join('?' * len(gone))})", gone)
+        if len(some) == RECORDS_AT_ONCE:
+            time.sleep(PAUSE_S)
 
 
 def select_records(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[str, bytes]]:

@@ -46,7 +46,8 @@ EXPIRED_AT_ONCE_MAX: Final = 1000  # leases or sessions in one entry
 LATE_S: Final = 0.25  # a tick that comes so late followed a pause
 LOOK_AGAIN_S: Final = 1.0
 IDLE_MAX: Final = 1000  # deadlines of leases that are gone, beyond as many as are there
-GRACE_S: Final = 0.25  # for what waits in the sockets after one
+GRACE_S: Final = 0.25  # for what waits in the sockets after one, and for the confirmation that it takes
+HELD_AGAIN_S: Final = 1.0  # a process that is always late must end leases all the same
 
 
 class Tenure:
@@ -62,7 +63,7 @@ class Tenure:
         self._term = 0  # that is led, and counted in; 0: none
         self._begins_at: tuple[int, int] | None = None  # in which term, once which index is applied
         self._ticked_at = float("inf")
-        self._hold_until = 0.0
+        self._held_at = float("-inf")  # when it began to wait for what is in the sockets
         self._deadlines: dict[int, float] = {}  # by lease
         self._due: list[tuple[float, int]] = []  # a heap of (no later than its deadline, lease)
         self._ending: set[int] = set()  # leases whose end is proposed
@@ -74,13 +75,13 @@ class Tenure:
 
     def tick(self, now: float) -> None:
         """Let time pass."""
-        if now - self._ticked_at > LATE_S:
-            self._hold_until = now + GRACE_S
+        if now - self._ticked_at > LATE_S and now - self._held_at > HELD_AGAIN_S:
+            self._held_at = now
         self._ticked_at = now
         if not self.leads(now):
             return
         self._note_granted(now)
-        if now < self._hold_until or not self._may_propose:
+        if now < self._held_at + GRACE_S or not self._may_propose:
             return
         if self._due and self._due[0][0] <= now:
             self._expire_leases(now)

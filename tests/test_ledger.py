@@ -122,6 +122,22 @@ def test_a_checkpoint_that_failed_gives_its_records_to_the_next(db: Kept) -> Non
     assert db.ask("lease_revoke", lease=lease)["deleted"] == 1
 
 
+def test_many_records_are_written_and_removed_in_slices(db: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "RECORDS_AT_ONCE", 7)
+    client, lease, _ = db.fill()
+    for seq in range(2, 60):
+        db.ask("put", key=f"k{seq}", value=seq, lease=lease, client=client, seq=seq)
+    db.checkpoint()
+    db.reopen()
+    assert db.machine.leases.key_count(lease) == 59
+    for seq in range(60, 90):
+        db.ask("delete", key=f"k{seq - 50}", client=client, seq=seq)
+    db.checkpoint()
+    db.reopen()
+    db.store.verify()
+    assert db.ask("lease_revoke", lease=lease)["deleted"] == 29
+
+
 def test_what_an_abandoned_checkpoint_took_does_not_hide_what_came_after() -> None:
     ledger = Ledger()
     ledger.set("a", b"1")

@@ -209,6 +209,16 @@ def test_after_a_pause_that_nobody_used_the_lease_ends_soon() -> None:
     assert town.lived_s(lease, town.now) <= tenure.GRACE_S + TICK_S + COMMIT_S
 
 
+def test_a_leader_that_is_always_late_ends_leases_all_the_same() -> None:
+    town = LeaseTown("a")
+    lease = town.grant(0.5)
+    granted = town.now
+    while town.has(lease, "a"):
+        town.now += 0.4  # so long does each turn of the loop take
+        town.turn()
+        assert town.now - granted < 0.5 + 4 * 0.4
+
+
 def test_while_the_leadership_is_handed_over_and_on_a_full_disk_nothing_is_proposed() -> None:
     town = LeaseTown("a")
     lease = town.grant(0.2)

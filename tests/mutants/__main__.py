@@ -33,7 +33,7 @@ WHERE: list[tuple[list[Mutant], list[str]]] = [
     (DOUBT, ["rot", "members"]),
     (STORAGE, ["disks", "rot", "snapshots"]),
     (CLUSTER, ["members", "registry", "rot"]),
-    (TENANCY, ["clocks", "freezes", "partitions", "snapshots"]),
+    (TENANCY, ["clocks", "freezes", "snapshots"]),
 ]
 """Where a bug is looked for, beside "all faults"."""
 
