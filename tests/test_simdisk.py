@@ -381,6 +381,58 @@ def test_what_was_committed_survives_and_what_was_not_does_not() -> None:
         assert rows(disk) == ([1, 2, 3, 4] if seed % 2 else [1])
 
 
+def test_the_same_question_is_answered_anew_once_the_content_has_changed() -> None:
+    disk = home()
+    connection, question = database(disk), "SELECT count(*) FROM t"
+    with contextlib.closing(database(disk)) as other:
+        for count in range(5):
+            assert connection.execute(question).fetchone() == other.execute(question).fetchone() == (count,)
+            assert connection.execute(question).fetchone() == (count,), "asked again of the same content"
+            other.execute("INSERT INTO t VALUES (?)", (count,))
+
+
+def test_a_transaction_sees_what_it_has_written_and_nobody_else_does() -> None:
+    disk = home()
+    connection, question = database(disk), "SELECT count(*) FROM t"
+    connection.execute("BEGIN")
+    assert connection.execute(question).fetchone() == (0,)
+    connection.execute("INSERT INTO t VALUES (1)")
+    assert connection.execute(question).fetchone() == (1,)
+    connection.executemany("INSERT INTO t VALUES (?)", [(2,), (3,)])
+    assert connection.execute(question).fetchone() == (3,) and rows(disk) == []
+    connection.execute("ROLLBACK")
+    assert connection.execute(question).fetchone() == (0,)
+
+
+def test_what_a_connection_set_or_began_is_not_the_next_ones() -> None:
+    disk = home()
+    with contextlib.closing(database(disk)) as connection:
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("BEGIN")
+        connection.execute("INSERT INTO t VALUES (1)")
+    with pytest.raises(sqlite3.ProgrammingError):
+        connection.execute("SELECT 1")
+    assert rows(disk) == []
+    with contextlib.closing(disk.database(BASE, frozen=True)) as frozen, pytest.raises(sqlite3.OperationalError):
+        frozen.execute("INSERT INTO t VALUES (1)")
+    with contextlib.closing(database(disk)) as connection:
+        connection.execute("INSERT INTO t VALUES (2)")
+    disk.crash(random.Random(1))
+    assert rows(disk) == [2], "it was durable at once"
+
+
+def test_what_rots_under_a_database_is_seen_though_its_memory_was_kept() -> None:
+    disk = home()
+    with contextlib.closing(database(disk)) as connection:
+        connection.execute("INSERT INTO t VALUES (7)")
+    assert rows(disk) == [7]
+    disk.names[BASE].drop_cache()
+    assert rows(disk) == [7], "nothing was lost"
+    disk.names[BASE].write(bytes(len(disk.content(BASE))), 0)
+    with pytest.raises(sqlite3.DatabaseError):
+        rows(disk)
+
+
 def test_a_commit_is_one_change_and_reading_none() -> None:
     disk = home()
     connection = database(disk)
