@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import ddb
-from ddb import clichanges, clicluster, clidata, clilock, clitools, completion, mirror, options
+from ddb import clichanges, clicluster, clidata, clilock, clitools, completion, options
 from ddb.client import Client, connect
 from ddb.console import BROKEN_PIPE, ERROR, EXIT_CODES, INTERRUPTED, OK, Command, UsageError, complain, speak_utf8
 from ddb.errors import DdbError

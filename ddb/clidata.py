@@ -1,4 +1,4 @@
-"""The commands that read and write data: put, get, del, scan, count, incr, txn.
+"""The commands that read and write data: put, get, del, scan, count, incr, txn; export, import and mirror.
 
 Law: a value is text unless `--type` says otherwise: `put n 5` stores the string "5", and never guesses.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ddb import console, exporter, importer, options, wire
+from ddb import console, options, wire
 from ddb.client import Client, next_page
 from ddb.console import CONDITION_NOT_MET, NOT_FOUND, OK, Command, UsageError, as_json, complain, say, say_json
 from ddb.formats import ABSENT, Format, held_bytes, one_line, raw_bytes
@@ -163,6 +163,24 @@ def _txn(client: Client, args: argparse.Namespace) -> int:
     return OK if reply["succeeded"] else CONDITION_NOT_MET
 
 
+def _export(client: Client, args: argparse.Namespace) -> int:
+    from ddb import exporter  # like the two below, it needs more than others
+
+    return exporter.export(client, args)
+
+
+def _import(client: Client, args: argparse.Namespace) -> int:
+    from ddb import importer
+
+    return importer.import_(client, args)
+
+
+def _mirror(client: Client, args: argparse.Namespace) -> int:
+    from ddb import mirror
+
+    return mirror.mirror(client, args)
+
+
 # ------------------------------------------------------------- arguments
 
 
@@ -241,7 +259,7 @@ COMMANDS: Final = (
         options.export_options,
         "write keys and values to a file, as lines of JSON; where it is killed, the same command goes on",
         ("ddb export all.jsonl", "ddb export - --prefix user/ | gzip > user.gz"),
-        exporter.export,
+        _export,
         formats=(),
     ),
     Command(
@@ -249,7 +267,15 @@ COMMANDS: Final = (
         options.import_options,
         "put what an export wrote, or any lines of JSON with key and value; where it is stopped, the same command goes on",
         ("ddb import all.jsonl", "gunzip < user.gz | ddb import - --into old/"),
-        importer.import_,
+        _import,
+        formats=(),
+    ),
+    Command(
+        "mirror",
+        options.mirror_options,
+        "copy keys to another cluster, and keep them up to date there; where it is stopped, the same command goes on",
+        ("ddb mirror 10.0.1.1:8050", "ddb mirror 10.0.1.1:8050 user/ --into eu/ --once"),
+        _mirror,
         formats=(),
     ),
 )

@@ -29,10 +29,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ddb import changes, options, wire
+from ddb import changes, wire
 from ddb.client import Client, connect, next_page
 from ddb.commands import prefix_end
-from ddb.console import OK, Command, UsageError, complain
+from ddb.console import OK, UsageError, complain
 from ddb.errors import Compacted, DdbError
 from ddb.progress import Progress
 from ddb.watching import Watch
@@ -302,15 +302,3 @@ def _steps(ops: Iterable[Op]) -> Iterator[list[Op]]:
         size += op_bytes
     if step:
         yield step
-
-
-COMMANDS: Final = (
-    Command(
-        "mirror",
-        options.mirror_options,
-        "copy keys to another cluster, and keep them up to date there; where it is stopped, the same command goes on",
-        ("ddb mirror 10.0.1.1:8050", "ddb mirror 10.0.1.1:8050 user/ --into eu/ --once"),
-        mirror,
-        formats=(),
-    ),
-)
