@@ -64,7 +64,7 @@ class Limits:
     output_bytes_max: int = 16 << 20  # unsent output of one connection; over it, the connection is not read
     output_bytes_hard_max: int = 256 << 20  # over it, the connection is ended: the client does not read
     held_bytes_max: int = 256 << 20  # unfinished input and stuck output of all connections together
-    connections_max: int = 8192  # over it, the client that was silent longest makes room, if one was
+    connections_max: int = 16_384  # over it, the client that was silent longest makes room, if one was
     idle_message_s: float = 30.0  # an unfinished message may stand still for so long, and up to SWEEP_S more
 
 
