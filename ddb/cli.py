@@ -73,7 +73,6 @@ COMMANDS: Final[dict[str, Command]] = {
         clidata.COMMANDS,
         clichanges.COMMANDS,
         clilock.COMMANDS,
-        mirror.COMMANDS,
         clicluster.COMMANDS,
         clitools.COMMANDS,
         _OWN,
