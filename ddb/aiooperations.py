@@ -182,6 +182,23 @@ class Operations:
         """
         return await self.ask(questions.txn(if_, then, else_), timeout_s)
 
+    async def delete_prefix(self, prefix: str, *, timeout_s: float | None = None) -> int:
+        """Remove all keys that begin with `prefix`, a thousand at a time; each thousand goes in one log entry. Returns how
+        many they were. `timeout_s` is for each.
+
+        >>> await db.update({"a/1": "x", "a/2": "y", "b": "z"})
+        >>> await db.delete_prefix("a/"), await db.count()
+        (2, 1)
+        """
+        removed = 0
+        while True:
+            page = await self.ask(questions.scan(prefix, limit=1000, keys_only=True), timeout_s)
+            if page.items:
+                await self.ask(questions.delete_all([item.key for item in page]), timeout_s)
+            removed += len(page.items)
+            if not page.more:
+                return removed
+
     async def history(
         self,
         *,

@@ -185,6 +185,23 @@ class Operations:
         """
         return self.ask(questions.txn(if_, then, else_), timeout_s)
 
+    def delete_prefix(self, prefix: str, *, timeout_s: float | None = None) -> int:
+        """Remove all keys that begin with `prefix`, a thousand at a time; each thousand goes in one log entry. Returns how
+        many they were. `timeout_s` is for each.
+
+        >>> db.update({"a/1": "x", "a/2": "y", "b": "z"})
+        >>> db.delete_prefix("a/"), db.count()
+        (2, 1)
+        """
+        removed = 0
+        while True:
+            page = self.ask(questions.scan(prefix, limit=1000, keys_only=True), timeout_s)
+            if page.items:
+                self.ask(questions.delete_all([item.key for item in page]), timeout_s)
+            removed += len(page.items)
+            if not page.more:
+                return removed
+
     def history(
         self,
         *,

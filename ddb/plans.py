@@ -13,7 +13,7 @@ the asyncio client share every decision, and a test needs neither. Its steps are
 gives the question's own answer back.
 
 A line is a prefix in the database, `ddb/lock/NAME/`, and each who stands in it has a key below: the lease's id as 16
-hexadecimal digits. Names may hold slashes; a key that is no such number behind the prefix belongs to another line. Who
+hexadecimal digits; a key that is no such number behind the prefix was put there by somebody else, and is passed over. Who
 has fewer than `limit` before it, is in; else it waits until one of those is gone, and looks again: for that one
 may have given up waiting rather than held.
 """
@@ -127,8 +127,8 @@ class Patience:
 
 
 def prefix_of(kind: str, name: str) -> str:
-    """Where a recipe of this `kind` and `name` has its keys."""
-    return f"{ROOT}{kind}/{name}/"
+    """Where a recipe of this `kind` and `name` has its keys, and no other one has any."""
+    return f"{ROOT}{kind}/{name.replace('%', '%25').replace('/', '%2F')}/"
 
 
 def key_of(prefix: str, number: int) -> str:
@@ -329,29 +329,95 @@ def append(name: str, value: Any, numbers: Numbers) -> Plan[int]:
 
     The ticket is drawn first, so of two puts of which one ended before the other began, the first one's comes first.
     """
-    drawn = yield from ask(questions.incr(f"{ROOT}tickets/{name}"), numbers)
-    key = key_of(prefix_of("queue", name), drawn.value)
-    yield from ask(questions.put(key, value), numbers)
+    drawn = yield from ask(questions.incr(f"{prefix_of('queue', name)}tickets"), numbers)
+    yield from ask(questions.put(key_of(items_of(name), drawn.value), value), numbers)
     return drawn.value
 
 
+def items_of(name: str) -> str:
+    """Where the items of a queue are."""
+    return f"{prefix_of('queue', name)}item/"
+
+
+def claim_of(name: str, item: Item) -> str:
+    """The key that says that somebody works on `item`."""
+    return f"{prefix_of('queue', name)}claim/{item.key[-16:]}"
+
+
 def take(name: str, numbers: Numbers, patience: Patience) -> Plan[Item | None]:
-    """Take the first item of a queue, waiting for one. Returns None where time is over.
+    """Take the first item of a queue that nobody works on, waiting for one. Returns None where time is over.
 
     Whoever deletes an item's key has taken it: the log lets exactly one succeed.
     """
-    prefix = prefix_of("queue", name)
     while True:
-        page = yield from ask(questions.scan(prefix, limit=QUEUE_PAGE))
-        items = numbered(page.items, prefix)
+        items, rev = yield from _unclaimed(name)
         for item in items:
-            done = yield from ask(questions.delete(item.key, {"rev": item.rev}), numbers)
+            free: list[questions.Condition] = [{"rev": item.rev}, {"key": claim_of(name, item), "exists": False}]
+            done = yield from ask(questions.delete(item.key, free), numbers)
             if done.deleted:
                 return item
         if patience.over:
             return None
         if not items:
-            try:
-                yield Await(None, prefix, page.rev + 1, patience.until_s, lambda event: event.kind == "put")
-            except Compacted:
+            yield from _until_offered(name, rev, patience)
+
+
+def claim(name: str, lease: int, patience: Patience) -> Plan[Item | None]:
+    """Claim the first item of a queue that nobody works on, waiting for one: it stays where it is, and is free again when
+    the lease ends. Returns None where time is over. Raises LockLost where the lease ran out."""
+    while True:
+        items, rev = yield from _unclaimed(name)
+        for item in items:
+            key = claim_of(name, item)
+            put = questions.put(key, lease, {"exists": False}, lease)
+            done = yield from insist(put, lambda: not patience.lost)
+            if not done.applied and done.value != lease:
                 continue
+            if (yield from ask(questions.get(item.key))) is not None:
+                return item
+            yield from insist(questions.delete(key), lambda: not patience.lost)  # it was done meanwhile
+        if patience.lost:
+            raise LockLost(f"The lease ran out before the queue {name!r} had an item.")
+        if patience.over:
+            return None
+        if not items:
+            yield from _until_offered(name, rev, patience)
+
+
+def finish(name: str, item: Item, lease: int, numbers: Numbers) -> Plan[None]:
+    """Remove an item that was claimed. Raises LockLost where the claim is gone: somebody else may have it now."""
+    key = claim_of(name, item)
+    mine = [{"key": key, "op": "=", "value": lease}, {"key": item.key, "op": "=", "rev": item.rev}]
+    done = yield from ask(questions.txn(mine, [{"op": "delete", "key": k} for k in (item.key, key)]), numbers)
+    if not done.succeeded:
+        raise LockLost(f"The claim on an item of the queue {name!r} ran out before it was done.")
+
+
+def _unclaimed(name: str) -> Plan[tuple[list[Item], int]]:
+    """The first few items of a queue that nobody works on, and the revision from which to wait where there are none."""
+    claims, rev = yield from standing(f"{prefix_of('queue', name)}claim/")
+    claimed = {item.key for item in claims}
+    prefix = items_of(name)
+    question: Question[ScanResult] | None = questions.scan(prefix, limit=QUEUE_PAGE + len(claimed))
+    while question is not None:
+        page = yield from ask(question)
+        free = [item for item in numbered(page.items, prefix) if claim_of(name, item) not in claimed]
+        if free:
+            return free, rev
+        question = questions.following(question, page)
+    return [], rev
+
+
+def _until_offered(name: str, rev: int, patience: Patience) -> Plan[None]:
+    """Wait until an item has come, or a claim has gone, since revision `rev`."""
+    items = items_of(name)
+
+    def offers(event: Event) -> bool:
+        if event.key.startswith(items):
+            return event.kind == "put"
+        return event.kind == "delete"  # of a claim
+
+    try:
+        yield Await(None, prefix_of("queue", name), rev + 1, patience.until_s, offers)
+    except Compacted:
+        return  # looks again

@@ -19,6 +19,7 @@ from ddb.errors import BadRequest, Compacted, DdbError, LockLost, NotInTime, Ses
 from ddb.holding import Holding
 from ddb.leases import Lease, Numbers, Session, now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
+from ddb.results import Item
 
 if TYPE_CHECKING:
     from ddb.client import Client
@@ -368,7 +369,7 @@ class _Sessional:
 
     def __init__(self, client: Client, name: str) -> None:
         self.name = name
-        self._client = client
+        self.client = client
         self._session: Session | None = None
 
     def close(self) -> None:
@@ -378,22 +379,22 @@ class _Sessional:
             session.close()
 
     def _numbers(self) -> Numbers:
-        around = keeping.current(self._client)
+        around = keeping.current(self.client)
         if isinstance(around, Numbers):
             return around
         if self._session is None:
-            self._session = self._client.session().open()
+            self._session = self.client.session().open()
         return self._session.numbers
 
     def _once(self, plan: Callable[[Numbers], Plan[Any]]) -> Any:
         """Carry out a plan under the session; under a new one where the cluster has forgotten its own meanwhile."""
         try:
-            return self._client.run(plan(self._numbers()))
+            return self.client.run(plan(self._numbers()))
         except SessionExpired as error:
-            if not error.definite or keeping.current(self._client) is not None:
+            if not error.definite or keeping.current(self.client) is not None:
                 raise
         self.close()
-        return self._client.run(plan(self._numbers()))
+        return self.client.run(plan(self._numbers()))
 
 
 class Queue(_Sessional):
@@ -428,13 +429,32 @@ class Queue(_Sessional):
             raise NotInTime(f"The queue {self.name!r} was empty for {wait_s} s.")
         return item.value
 
+    def finish(self, item: Item, lease: int) -> None:
+        """Remove an item that was claimed with a lease. Raises LockLost where the claim is gone."""
+        self._once(lambda numbers: plans.finish(self.name, item, lease, numbers))
+
+    def take(self, wait_s: float | None = None, ttl_s: float = 10.0) -> Task:
+        """For a `with` block: the first item that nobody works on, waiting for one; raises NotInTime as `get` does. It is
+        removed when the block ends. Where that ends by an exception, or the program dies, it is free again, at
+        its old place, within `ttl_s`: so it may be begun more than once, and is finished once.
+
+        >>> with db.queue("letters") as queue:
+        ...     _ = queue.put("to Ada")
+        ...     with queue.take() as task:
+        ...         print(task.value)
+        ...     queue.size()
+        to Ada
+        0
+        """
+        return Task(self, wait_s, ttl_s)
+
     def size(self) -> int:
-        """How many items it holds.
+        """How many items it holds, those that are worked on included.
 
         >>> db.queue("letters").size()
         0
         """
-        return self._client.ask(questions.count(plans.prefix_of("queue", self.name)))
+        return self.client.ask(questions.count(plans.items_of(self.name)))
 
     def __enter__(self) -> Queue:
         return self
@@ -445,13 +465,72 @@ class Queue(_Sessional):
         self.close()
 
 
+class Task:
+    """An item of a queue that is worked on here, for a block. Made by `Queue.take`."""
+
+    def __init__(self, queue: Queue, wait_s: float | None, ttl_s: float) -> None:
+        self._queue = queue
+        self._wait_s = wait_s
+        self._ttl_s = ttl_s
+        self._lease: Lease | None = None
+        self._item: Item | None = None
+
+    @property
+    def value(self) -> Any:
+        """What was put. Raises BadRequest outside of the block."""
+        return self._claimed[0].value
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may work on it by now."""
+        return self._claimed[1].lost
+
+    @property
+    def guard(self) -> dict[str, Any]:
+        """A condition for `if_`: what is written with it is written only while the item is claimed here."""
+        item, lease = self._claimed
+        return {"key": plans.claim_of(self._queue.name, item), "value": lease.id}
+
+    @property
+    def _claimed(self) -> tuple[Item, Lease]:
+        if self._item is None or self._lease is None:
+            raise BadRequest("Take an item in a `with` statement, and use it within.")
+        return self._item, self._lease
+
+    def __enter__(self) -> Task:
+        client, name = self._queue.client, self._queue.name
+        lease = client.lease(self._ttl_s).keep()
+        deadline_s = None if self._wait_s is None else now() + self._wait_s
+        try:
+            patience = Patience(now, deadline_s, lambda: lease.until_s)
+            self._item = client.run(plans.claim(name, lease.id, patience))
+        finally:
+            if self._item is None:
+                _give_back(lease)
+        if self._item is None:
+            raise NotInTime(f"The queue {name!r} had nothing free for {self._wait_s} s.")
+        self._lease = lease
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        item, lease = self._claimed
+        self._item = self._lease = None
+        try:
+            if kind is None:
+                self._queue.finish(item, lease.id)
+        finally:
+            _give_back(lease)
+
+
 class Counter(_Sessional):
     """A number to which any may add, each addition counted exactly once. Made by `Client.counter`."""
 
     @property
     def key(self) -> str:
         """Where it is kept."""
-        return f"{plans.ROOT}counter/{self.name}"
+        return f"{plans.prefix_of('counter', self.name)}value"
 
     def get(self) -> int:
         """What it is now.
@@ -459,7 +538,7 @@ class Counter(_Sessional):
         >>> db.counter("visits").get()
         0
         """
-        item = self._client.ask(questions.get(self.key))
+        item = self.client.ask(questions.get(self.key))
         return item.value if item is not None else 0
 
     def incr(self, by: int = 1) -> int:

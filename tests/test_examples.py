@@ -131,7 +131,7 @@ def test_every_public_method_has_an_example(room: str) -> None:
 SHOWN_ELSEWHERE = {
     "Barrier.release", "DoubleBarrier.leave", "Lease.close", "Lease.give_back", "Session.close", "Watch.start",
     "Later.settle", "Gathering.settle", "Client.ask", "Client.enter", "Client.leave", "Queue.close", "Counter.close",
-    "Guest.close", "Numbers.numbered",
+    "Guest.close", "Numbers.numbered", "Queue.finish",
 }  # fmt: skip
 
 
@@ -148,7 +148,11 @@ def names_of(thing: type) -> set[str]:
         ("pipelines", "aioblocks", ["Pipeline"]),
         ("leases", "aioleases", ["Lease", "Session"]),
         ("watching", "aiowatching", ["Watch"]),
-        ("recipes", "aiorecipes", ["Lock", "Semaphore", "Election", "Barrier", "DoubleBarrier", "Queue", "Counter"]),
+        (
+            "recipes",
+            "aiorecipes",
+            ["Lock", "Semaphore", "Election", "Barrier", "DoubleBarrier", "Queue", "Task", "Counter"],
+        ),
     ],
 )
 def test_the_asyncio_client_has_the_same_names_and_arguments(room: str, twin: str, names: list[str]) -> None:

@@ -57,7 +57,12 @@ class Model:
         match request["op"]:
             case "put":
                 if request.get("if", {}).get("exists", row is not None) != (row is not None):
-                    return {"applied": False, "rev": row.rev if row else 0, "found": row is not None, "value": None}
+                    return {
+                        "applied": False,
+                        "rev": row.rev if row else 0,
+                        "found": row is not None,
+                        "value": row and row.value,
+                    }
                 lease = request.get("lease")
                 if lease is not None and lease not in self.leases:
                     raise errors.BadRequest("no such lease", lease=lease)
@@ -67,7 +72,7 @@ class Model:
                 self.changes.append(Event("put", key, request["value"], self.rev, version))
                 return {"rev": self.rev, "version": version}
             case "delete":
-                if row is None or request.get("if", {}).get("rev", row.rev) != row.rev:
+                if row is None or not all(self._holds(c, key) for c in request.get("if", [])):
                     return {"deleted": 0, "rev": self.rev}
                 self._delete([key])
                 return {"deleted": 1, "rev": self.rev}
@@ -76,6 +81,14 @@ class Model:
                 value = (row.value if row else 0) + request["by"]
                 self.rows[key] = Row(value, self.rev, self.rev, 1, None)
                 return {"value": value, "rev": self.rev}
+            case "get":
+                found = {n: getattr(row, n) for n in ITEM} if row else {}
+                return {"found": row is not None, "key": key, **found}
+            case "txn":
+                holds = all(self._holds(c, "") for c in request["if"])
+                if holds:
+                    self._delete([op["key"] for op in request["then"]])
+                return {"succeeded": holds, "results": [], "rev": self.rev}
             case "lease_revoke":
                 self.end(request["lease"])
                 return {}
@@ -84,6 +97,11 @@ class Model:
                 items = [{"key": k, **{n: getattr(self.rows[k], n) for n in ITEM}} for k in keys]
                 return {"items": items, "more": False, "rev": self.rev}
         raise AssertionError(request)
+
+    def _holds(self, condition: dict[str, Any], key: str) -> bool:
+        row = self.rows.get(condition.get("key", key))
+        found = {"exists": row is not None, "rev": row.rev if row else 0, "value": row.value if row else None}
+        return all(found[name] == wanted for name, wanted in condition.items() if name not in ("key", "op"))
 
     def _delete(self, keys: list[str]) -> None:
         self.rev += 1
@@ -263,14 +281,14 @@ def test_a_lease_that_ran_out_before_its_key_was_made_is_a_lock_lost() -> None:
     assert isinstance(runner.result, errors.LockLost)
 
 
-def test_keys_of_another_line_below_the_same_prefix_do_not_count() -> None:
+def test_lines_of_other_names_do_not_count() -> None:
     model, rng = Model(), random.Random(1)
-    for name in ("a/b", "a/0000000000000001", "a/ready"):
+    for name in ("a/b", "a/0000000000000001", "a%2Fb", "a%"):
         turn_all(
             [Runner(model, plans.enter(plans.prefix_of("lock", name), 1, model.grant(), "", Patience(lambda: 0.0)))],
             rng,
         )
-    assert len(model.rows) == 3
+    assert len(model.rows) == 4
     runner = Runner(model, plans.enter(plans.prefix_of("lock", "a"), 1, model.grant(), "", Patience(lambda: 0.0)))
     turn_all([runner], rng)
     assert isinstance(runner.result, Item)
@@ -331,6 +349,47 @@ def test_each_item_of_a_queue_is_taken_by_one_and_in_order_by_a_lone_consumer(
     assert sorted(taken) == list(range(items))
     if consumers == 1:
         assert taken == list(range(items))
+
+
+@given(seed=st.integers(0, 10_000), items=st.integers(1, 8), workers=st.integers(1, 4), deaths=st.integers(0, 4))
+@settings(max_examples=150, deadline=None)
+def test_each_item_of_a_queue_is_finished_once_however_often_workers_die(
+    seed: int, items: int, workers: int, deaths: int
+) -> None:
+    rng, model = random.Random(seed), Model()
+    patience = Patience(lambda: 0.0)
+    finished: list[Any] = []
+    working: dict[str, int] = {}
+
+    def worker(numbers: Numbers) -> Generator[Wish, Any, None]:
+        while True:
+            lease = model.grant()
+            working[str(numbers.client)] = lease
+            item = yield from plans.claim("q", lease, patience)
+            assert item is not None
+            yield Rest(1)
+            try:
+                yield from plans.finish("q", item, lease, numbers)
+                finished.append(item.value)
+            except errors.LockLost:
+                assert lease not in model.leases
+            model.end(lease)
+
+    def producer(numbers: Numbers) -> Generator[Wish, Any, None]:
+        for n in range(items):
+            yield from plans.append("q", n, numbers)
+
+    runners = [Runner(model, producer(Apart(0)))]
+    runners += [Runner(model, worker(Apart(n + 1))) for n in range(workers + deaths)]
+    left = list(runners)
+    for victim in range(deaths):
+        for _ in range(rng.randint(0, 30)):
+            going = [runner for runner in left if not runner.over]
+            rng.choice(going).turn(rng)
+        left.remove(runners[1 + victim])
+        model.end(working[str(victim + 1)])
+    turn_all(left, rng)
+    assert sorted(finished) == list(range(items))
 
 
 class Apart(Numbers):
