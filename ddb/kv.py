@@ -27,7 +27,7 @@ A write of a session is wrapped: `["once", CLIENT, SEQ, COMMAND]`. What is insid
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 from zlib import crc32
 
@@ -171,46 +171,58 @@ class Machine:
             return [b'{"ok":true,"rev":%d}' % rev]
         commands = batch.commands if batch.commands is not None else decode_batch(batch.data).commands
         invariant(commands is not None and len(commands) == batch.last - rev + 1, "a batch has its entries")
-        table, changes = self.table, self._changes
-        row_of, put, watched = table.row, table.put, self.on_changes is not None
-        leased = self.leases.of
-        special = watched or bool(leased)
         self._room = BATCH_REPLY_BYTES_MAX
+        replies = self._run(commands or (), rev, 1)
+        table, ledger = self.table, self.table.ledger
+        table.digest = (table.digest + ledger.growth) & DIGEST_MASK
+        ledger.growth = 0
+        self._attached.clear()
+        if self._changes:
+            if self.on_changes is not None:
+                self.on_changes(batch, self._changes)
+            self._changes = []
+        return replies
+
+    def _run(self, commands: Iterable[Command], rev: int, step: int) -> list[bytes]:
+        """Apply entries of the log, the first at `rev` and each `step` (1) further; or, with a step of 0, the parts of one
+        entry, whose replies nobody reads. Returns the replies."""
+        table, changes, client, leased = self.table, self._changes, self._client, self.leases.of
+        row_of, put = table.row, table.put
+        recording = self.on_changes is not None or not step  # an entry that fails in a later part is taken back
+        special = recording or bool(leased)
         added = 0  # to the digest, by the plain puts below
         replies: list[bytes] = []
-        for command in commands or ():
-            if command[0] == "put" and len(command) == 3:
-                # What `_put` and `_change` do, written out: most writes are plain puts, and each call costs.
-                _, key, value = command
-                if type(value) is not bytes:
-                    value = encode_string(value) if type(value) is str else encode(value)
-                old = row_of(key)
-                if old is None:
-                    created, version = rev, 1
+        try:
+            for command in commands:
+                if command[0] == "put" and len(command) == 3:
+                    # What `_put` and `_change` do, written out: most writes are plain puts, and each call costs.
+                    _, key, value = command
+                    if type(value) is not bytes:
+                        value = encode_string(value) if type(value) is str else encode(value)
+                    old = row_of(key)
+                    if old is None:
+                        created, version = rev, 1
+                    else:
+                        created, version = old[2], old[3] + 1
+                        added -= old[4] * old[4]
+                    crc = crc32(b"%b\n%b\n%d %d %d" % (key.encode(), value, rev, created, version))
+                    row = (value, rev, created, version, crc)
+                    put(key, row, old)
+                    added += crc * crc
+                    if special:
+                        if recording:
+                            changes.append((rev, key, row, old, client))
+                        if key in leased:
+                            self._attach(key, 0)
+                    replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
+                elif step:
+                    replies.append(self._apply(rev, command))
+                    special = recording or bool(leased)
                 else:
-                    created, version = old[2], old[3] + 1
-                    added -= old[4] * old[4]
-                crc = crc32(b"%b\n%b\n%d %d %d" % (key.encode(), value, rev, created, version))
-                row = (value, rev, created, version, crc)
-                put(key, row, old)
-                added += crc * crc
-                if special:
-                    if watched:
-                        changes.append((rev, key, row, old, 0))
-                    if key in leased:
-                        self.leases.attach(key, 0)
-                replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
-            else:
-                replies.append(self._apply(rev, command))
-                special = watched or bool(leased)
-            rev += 1
-        table.digest = (table.digest + added + table.ledger.growth) & DIGEST_MASK
-        table.ledger.growth = 0
-        self._attached.clear()
-        if changes:
-            if self.on_changes is not None:
-                self.on_changes(batch, changes)
-            self._changes = []
+                    self._does[command[0]](rev, command)
+                rev += step
+        finally:
+            table.digest = (table.digest + added) & DIGEST_MASK
         return replies
 
     def _apply(self, rev: int, command: Command) -> bytes:
@@ -306,8 +318,7 @@ class Machine:
         return b'{"ok":true,"value":%b,"rev":%d,"version":%d}' % (row[0], rev, row[3])
 
     def _batch(self, rev: int, command: Command) -> bytes:
-        for operation in command[1]:
-            self._does[operation[0]](rev, operation)
+        self._run(command[1], rev, 0)
         return b'{"ok":true,"rev":%d}' % rev
 
     def _txn(self, rev: int, command: Command) -> bytes:
