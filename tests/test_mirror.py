@@ -208,6 +208,24 @@ def test_it_follows_live_and_a_killed_one_is_taken_up_again(source: Client, targ
             process.terminate()
 
 
+def test_it_waits_for_a_cluster_that_is_away(pair: tuple[Cluster, Cluster], source: Client, target: Client) -> None:
+    source.put("a", 1)
+    argv = [sys.executable, "-m", "ddb", "--server", source.servers[0], "mirror", target.servers[0]]
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
+        try:
+            wait(lambda: rows(target) == rows(source), what="the copy")
+            for cluster in pair:
+                cluster.nodes[0].kill()
+                if cluster is pair[1]:
+                    source.put("a", "while the target was away")
+                cluster.nodes[0].start()
+                source.put("b", "behind it")
+                wait(lambda: rows(target) == rows(source), 20, what="what was missed")
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
 def test_a_revision_of_the_source_comes_all_at_once(source: Client, target: Client) -> None:
     stop = threading.Event()
 

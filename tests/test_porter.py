@@ -261,3 +261,26 @@ def test_a_line_tells_a_value_or_a_deletion() -> None:
     assert dump.read(dump.deleted("k")) == {"key": "k", "deleted": True}
     with pytest.raises(BadRequest):
         dump.read(b'{"key":"k","deleted":false}')
+
+
+def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path) -> None:
+    lines = {f"k{n % 15_000:05}": n for n in range(LINES)}
+    file, note = tmp_path / "in", tmp_path / "in.import"
+    file.write_bytes(b"".join(dump.put(f"k{n % 15_000:05}", n) for n in range(LINES)))
+    with Cluster(tmp_path, 3) as cluster, connect(cluster.addresses) as client:
+        leader = cluster.leader()
+        argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "import", str(file)]
+        with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
+            wait(note.exists, what="it has begun")
+            leader.kill()
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert rows(client) == lines
+        argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "export", str(tmp_path / "out")]
+        leader.start()
+        with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
+            wait((tmp_path / "out.part").exists, what="it has begun")
+            cluster.leader().kill()
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert last_line(tmp_path / "out")["keys"] == len(lines)
