@@ -123,7 +123,10 @@ class Tenure:
 
     def remaining_s(self, lease: int, now: float) -> float | None:
         """How many seconds `lease` has left, 0 where its end is proposed; None where this member doesn't count them."""
-        deadline = self._deadlines.get(lease) if self.leads(now) else None
+        if not self.leads(now):
+            return None
+        self._note_granted(now)
+        deadline = self._deadlines.get(lease)
         return None if deadline is None else max(0.0, deadline - now)
 
     # --- within -------------------------------------------------------------------------------------------------

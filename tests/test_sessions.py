@@ -311,9 +311,8 @@ def test_sessions_behave_like_a_list_of_all_that_was_ever_answered(
 ) -> None:
     """The model: a write under a new seq is applied; under a used one the first reply or `session_expired` comes, and
     nothing is done. The machine may be restored from its table at any time."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sessions, "REPLIES_MAX", kept_max)
-    with patch.context():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sessions, "REPLIES_MAX", kept_max)
         db = Clients()
         clients = [db.open() for _ in range(3)]
         answered: dict[tuple[int, int], bytes] = {}
