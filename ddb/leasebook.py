@@ -30,7 +30,7 @@ _KEY_KIND: Final = "leased/"
 class Leases:
     """All leases, kept in `ledger`.
 
-    `ttl_ms` is each lease's time to live, by id; `of` the lease of each attached key. `granted` are the leases that
+    `ttl_ms` is each lease's time to live, by id, in the order of these; `of` the lease of each attached key. `granted` are the leases that
     were granted since somebody last cleared it: whoever counts their time begins with these.
     """
 
@@ -45,10 +45,12 @@ class Leases:
         for name, value in ledger.records.items():
             if name.startswith(_KIND):
                 self.ttl_ms[int(name[len(_KIND) :])] = int(value)
-            elif name.startswith(_KEY_KIND):
+                continue
+            if name.startswith(_KEY_KIND):
                 key, lease = name[len(_KEY_KIND) :], int(value)
                 self.of[key] = lease
                 self._keys.setdefault(lease, set()).add(key)
+        self.ttl_ms = dict(sorted(self.ttl_ms.items()))  # as they are granted: a later one has a higher number
 
     def __len__(self) -> int:
         return len(self.ttl_ms)

@@ -7,6 +7,7 @@ counts the time (tenure.py); the list by any node, from its own state, with the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final, Protocol
 
 from ddb import wire
@@ -89,9 +90,9 @@ def list_leases(node: Node, request: Request, slot: Reader) -> None:
 
 
 def _page(node: Node, start: int, limit: int) -> bytes:
-    there = sorted(lease for lease in node.replica.machine.leases.ttl_ms if lease >= start)
-    items = [_item(node, lease) for lease in there[:limit]]
-    return _reply(node, {"leases": items, "more": len(there) > limit})
+    later = (lease for lease in node.replica.machine.leases.ttl_ms if lease >= start)
+    items = [_item(node, lease) for lease in islice(later, limit)]
+    return _reply(node, {"leases": items, "more": next(later, None) is not None})
 
 
 def _one(node: Node, lease: int) -> bytes:

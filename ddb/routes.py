@@ -219,6 +219,9 @@ def _write(request: Request, content: dict[str, Any], show: Show) -> Ask | Respo
         conditions += [{"rev": rev, "op": "=" if on_equal else "!="} for rev in revisions]
     if conditions:
         content["if"] = conditions
+    for name in ("client", "seq", "lease"):
+        if name in request.query:
+            content[name] = _number(request.query[name], name, int)
     return Ask({**content, **_write_options(request)}, show)
 
 

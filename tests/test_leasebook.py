@@ -179,6 +179,14 @@ def test_keys_of_any_name_hang_on_leases(db: Clients) -> None:
     assert db.ask("lease_revoke", lease=lease)["deleted"] == len(names)
 
 
+def test_leases_stand_in_the_order_of_their_numbers_also_after_a_restart(db: Clients) -> None:
+    for _ in range(12):
+        grant(db)
+    db.restore()
+    grant(db)
+    assert list(db.machine.leases.ttl_ms) == list(range(1, 14))
+
+
 STEP = st.tuples(
     st.sampled_from(["put", "plain", "delete", "incr", "revoke", "grant", "expire", "restore", "failing"]),
     st.integers(0, 3),

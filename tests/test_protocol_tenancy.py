@@ -155,3 +155,20 @@ def test_status_counts_sessions_and_leases(ask: Ask, client: int, lease: int) ->
     assert (after["leases"], after["sessions"]) == (before["leases"] + 1, before["sessions"])
     assert before["sessions"] >= 1 and before["leases"] >= 1
     ask(op="lease_revoke", lease=other)
+
+
+def test_http_puts_and_deletes_take_a_session_and_a_lease(
+    node: NodeServer, ask: Ask, client: int, lease: int, p: str
+) -> None:
+    key = p.replace("/", "")
+    with Talk(node.address) as web:
+        target = f"/kv/{key}?lease={lease}&client={client}&seq=1"
+        first = web.send(http("PUT", target, b"here")).response("PUT")
+        assert first.status == 201
+        assert web.send(http("PUT", target, b"there")).response("PUT").json == first.json
+        assert ok(ask(op="lease_list", lease=lease))["leases"][0]["attached"] == [key]
+        assert web.send(http("DELETE", f"/kv/{key}?client={client}&seq=2")).response("DELETE").status == 204
+        assert web.send(http("DELETE", f"/kv/{key}?client={client}&seq=2")).response("DELETE").status == 204
+        assert web.send(http("DELETE", f"/kv/{key}")).response("DELETE").status == 404
+        assert web.send(http("PUT", f"/kv/{key}?lease=x", b"here")).response("PUT").status == 400
+        assert web.send(http("DELETE", f"/kv/{key}?lease={lease}")).response("DELETE").status == 400
