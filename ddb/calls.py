@@ -98,7 +98,8 @@ class Exchange:
     It ends by `deadline_s`, a moment on the call's clock, and no more than CONNECT_TIMEOUT_S of it goes to connecting. A
     driver that can't do it throws `Failed`, and closes the connection first: a reply that comes late must never be
     taken for the next request's. An open connection to the same address may be used again, unless an earlier exchange
-    on it is unfinished or the server has closed it.
+    on it is unfinished or the server has closed it; or for several exchanges at once, by a driver that counts: replies
+    come in the order of the requests.
     """
 
     address: str

@@ -27,8 +27,9 @@ from ddb.errors import BY_CODE, BadRequest, Compacted, DdbError, Internal, Unrea
 from ddb.results import Event
 
 CONNECT_S: Final = 1.0
-HEAD_S: Final = 5.0
-SILENCE_S: Final = 12.0  # a node says something every 5 s
+HEAD_FIRST_S: Final = 1.0
+HEAD_MAX_S: Final = 8.0
+SILENCE_S: Final = 8.0  # a node says something every 5 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Following:
         self._knowledge = knowledge
         self._request = request
         self._patience_s = patience_s
+        self._head_s = HEAD_FIRST_S  # how long a node has to begin
         self._now = now
         self._rng = rng
         self._began = False
@@ -105,12 +107,16 @@ class Following:
                 last = address
                 served = yield from self._follow(address)
                 if served:
-                    trouble_s, pause_s = None, BACKOFF_FIRST_S
+                    trouble_s, pause_s, self._head_s = None, BACKOFF_FIRST_S, HEAD_FIRST_S
                     self._failures.clear()
                     break
+                trouble_s = self._now() if trouble_s is None else trouble_s
+                if not self._began and self._now() - trouble_s > self._patience_s:
+                    self._give_up(self._now() - trouble_s)
             else:
                 trouble_s = self._now() if trouble_s is None else trouble_s
                 self._give_up(self._now() - trouble_s)
+                self._head_s = min(2 * self._head_s, HEAD_MAX_S)
                 self._knowledge.turn("suspended")
                 yield Sleep(self._rng.uniform(0, pause_s))
                 pause_s = min(2 * pause_s, BACKOFF_MAX_S)
@@ -127,7 +133,8 @@ class Following:
         """Raise what must be raised after a round in which nobody served (law 2), `trouble_s` since the first one."""
         failures = list(self._failures.values())
         compacted = [error for error in failures if isinstance(error, Compacted)]
-        if compacted and (len(compacted) == len(failures) or trouble_s > self._patience_s):
+        all_said = len(compacted) == len(self._knowledge.servers)
+        if compacted and (all_said or trouble_s > self._patience_s):
             raise min(compacted, key=lambda error: int(error.fields.get("oldest") or 0))
         if not self._began and trouble_s > self._patience_s:
             self._knowledge.turn("lost")
@@ -139,12 +146,12 @@ class Following:
         """Follow at one node as long as it goes. Returns whether it served at all."""
         skip = self._seen
         begun = False
-        request = {**self._request, "timeout": HEAD_S}
+        request = {**self._request, "timeout": round(0.9 * self._head_s, 3)}
         if self.next_rev is not None:
             request["from"] = self.next_rev
         try:
             yield Connect(address, wire.encode(request), self._now() + CONNECT_S)
-            head = yield from self._message(HEAD_S)
+            head = yield from self._message(self._head_s)
             if head.get("ok") is not True:
                 self._refuse(address, head)
             begun = self._began = True

@@ -362,9 +362,10 @@ def take(name: str, numbers: Numbers, patience: Patience) -> Plan[Item | None]:
             yield from _until_offered(name, rev, patience)
 
 
-def claim(name: str, lease: int, patience: Patience) -> Plan[Item | None]:
+def claim(name: str, lease: int, patience: Patience) -> Plan[tuple[Item, int] | None]:
     """Claim the first item of a queue that nobody works on, waiting for one: it stays where it is, and is free again when
-    the lease ends. Returns None where time is over. Raises LockLost where the lease ran out."""
+    the lease ends. Returns it with the claim's revision, or None where time is over. Raises LockLost where the lease
+    ran out."""
     while True:
         items, rev = yield from _unclaimed(name)
         for item in items:
@@ -374,7 +375,7 @@ def claim(name: str, lease: int, patience: Patience) -> Plan[Item | None]:
             if not done.applied and done.value != lease:
                 continue
             if (yield from ask(questions.get(item.key))) is not None:
-                return item
+                return item, done.rev
             yield from insist(questions.delete(key), lambda: not patience.lost)  # it was done meanwhile
         if patience.lost:
             raise LockLost(f"The lease ran out before the queue {name!r} had an item.")

@@ -474,11 +474,17 @@ class Task:
         self._ttl_s = ttl_s
         self._lease: Lease | None = None
         self._item: Item | None = None
+        self._token = 0
 
     @property
     def value(self) -> Any:
         """What was put. Raises BadRequest outside of the block."""
         return self._claimed[0].value
+
+    @property
+    def token(self) -> int:
+        """The fencing token: a revision, greater than that of everybody who worked on this item before."""
+        return self._token if self._claimed else 0
 
     @property
     def lost(self) -> bool:
@@ -503,7 +509,8 @@ class Task:
         deadline_s = None if self._wait_s is None else now() + self._wait_s
         try:
             patience = Patience(now, deadline_s, lambda: lease.until_s)
-            self._item = client.run(plans.claim(name, lease.id, patience))
+            claimed = client.run(plans.claim(name, lease.id, patience))
+            self._item, self._token = claimed if claimed is not None else (None, 0)
         finally:
             if self._item is None:
                 _give_back(lease)

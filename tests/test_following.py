@@ -43,6 +43,7 @@ class Nodes:
         self.requests: list[tuple[str, Message]] = []
         self.told: list[Event | None] = []
         self.learnt = 0
+        self.frozen_s = 0.0
         self.knowledge = Knowledge(addresses or (A, B, C), discover=False)
         request = {"op": "watch", "prefix": ""}
         self.following = Following(self.knowledge, request, from_rev, patience_s, lambda: self.now_s, random.Random(1))
@@ -65,6 +66,7 @@ class Nodes:
                     if isinstance(served, Failed):
                         answer = served
                 case Receive():
+                    self.now_s += self.frozen_s
                     given = messages.pop(0) if messages else Failed("it closed the connection", sent=True)
                     answer = json.dumps(given).encode() if isinstance(given, dict) else given
                 case Sleep(seconds):
@@ -200,6 +202,15 @@ def test_a_watch_that_never_began_is_given_up_with_in_time() -> None:
     with pytest.raises(errors.Unreachable, match="connection refused"):
         nodes.run(1)
     assert 2.0 < nodes.now_s - began_s < 3.0 and nodes.knowledge.state == "lost"
+
+
+def test_nodes_that_are_frozen_cost_no_more_than_the_patience() -> None:
+    nodes = Nodes(lambda a, r: [Failed("it is silent", sent=True)], patience_s=2.5)
+    nodes.frozen_s = 1.0
+    began_s = nodes.now_s
+    with pytest.raises(errors.Unreachable):
+        nodes.run(1)
+    assert 2.5 < nodes.now_s - began_s < 4.0
 
 
 def test_a_watch_that_has_begun_goes_on_for_ever() -> None:

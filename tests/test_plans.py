@@ -360,13 +360,17 @@ def test_each_item_of_a_queue_is_finished_once_however_often_workers_die(
     patience = Patience(lambda: 0.0)
     finished: list[Any] = []
     working: dict[str, int] = {}
+    tokens: dict[str, int] = {}
 
     def worker(numbers: Numbers) -> Generator[Wish, Any, None]:
         while True:
             lease = model.grant()
             working[str(numbers.client)] = lease
-            item = yield from plans.claim("q", lease, patience)
-            assert item is not None
+            claimed = yield from plans.claim("q", lease, patience)
+            assert claimed is not None
+            item, token = claimed
+            assert token > tokens.get(item.key, 0), "tokens grow from worker to worker"
+            tokens[item.key] = token
             yield Rest(1)
             try:
                 yield from plans.finish("q", item, lease, numbers)
