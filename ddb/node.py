@@ -594,7 +594,14 @@ def parse(argv: list[str] | None) -> Settings:
         type=whole(0, 1 << 40),
         default=20_000,
         metavar="ENTRIES",
-        help="how many entries the log keeps behind the snapshot",
+        help="how many entries are kept behind: in the log for members that lag, and as history for watches",
+    )
+    parser.setting(
+        "--retain-bytes",
+        type=whole(0, 1 << 40),
+        default=64 << 20,
+        metavar="BYTES",
+        help="how much of history is kept at most, in memory as well as in the snapshot, 64 MiB by default",
     )
     parser.add_argument(
         "--repair", action="store_true", help="give up what is damaged in log or snapshot; the leader has it"
@@ -611,7 +618,7 @@ def parse(argv: list[str] | None) -> Settings:
         expect=found.expect,
         replace_after_s=found.replace_after,
         frame_bytes_max=found.max_frame,
-        policy=Policy(entries=found.checkpoint_every, retain_entries=found.retain),
+        policy=Policy(entries=found.checkpoint_every, retain_entries=found.retain, retain_bytes=found.retain_bytes),
         repair=found.repair,
     )
 

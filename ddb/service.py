@@ -346,6 +346,8 @@ class NodeService:
                 "persisted": raft.durable,
             },
             "snapshot": {"rev": table.meta.applied},
+            "history": {"oldest": node.sync.chronicle.oldest},
+            "watchers": self.watching.count,
             "members": [_shown(m) for m in raft.config.members],
             "lag": None if lag_s == float("inf") else round(lag_s, 3),
             "uptime": round(now - node.started_at, 3),

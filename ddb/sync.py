@@ -52,6 +52,7 @@ class Policy:
     entries: int = 100_000
     bytes: int = 64 << 20
     retain_entries: int = 20_000
+    retain_bytes: int = 64 << 20  # of history; what the log holds in memory has a bound of its own
 
 
 @dataclass(slots=True)
@@ -101,7 +102,7 @@ class Sync:
         self._background = background
         self._drop_log_below = drop_log_below
         self._policy = policy or Policy()
-        self.chronicle = Chronicle(replica.machine.applied, Retention(self._policy.retain_entries), store)
+        self.chronicle = Chronicle(replica.machine.applied, Retention(self._policy.retain_entries, self._policy.retain_bytes), store)
         replica.machine.on_changes = self.chronicle.take
         replica.look_up = self.chronicle.answer
         self._chunk_bytes = (bounds or Bounds()).snapshot_chunk_bytes

@@ -75,6 +75,11 @@ class Watching:
     def __repr__(self) -> str:
         return f"{len(self._round)} watchers"
 
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(not watcher.gone for watcher in self._round)
+
     # --- beginning and ending -----------------------------------------------------------------------------------
 
     def watch(self, request: dict[str, Any], slot: Slot) -> None:

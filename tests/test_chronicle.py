@@ -542,3 +542,9 @@ def test_a_wrong_watch_is_refused(request_: dict[str, Any]) -> None:
 def test_a_key_too_long_to_exist_is_not_watched() -> None:
     with pytest.raises(TooLarge):
         past.prepare_watch({"op": "watch", "key": "k" * 5000})
+
+
+def test_a_get_within_a_transaction_takes_no_revision() -> None:
+    for field in ("then", "else"):
+        with pytest.raises(BadRequest, match="sees what is there now"):
+            commands.prepare({"op": "txn", field: [{"op": "get", "key": "a", "rev": 1}]})
