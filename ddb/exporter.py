@@ -12,6 +12,7 @@ Laws:
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import sys
 import time
@@ -66,6 +67,7 @@ def _to_file(work: Exporter, args: argparse.Namespace) -> str:
         raise UsageError(f"{target} is there already; choose another name, or say --force.")
     part = target.with_name(f"{target.name}.part")
     with part.open("a+b") as out:
+        _claim(out, part)
         begun = None if args.restart else work.begun(out)
         if begun is None:
             out.truncate(0)
@@ -77,6 +79,14 @@ def _to_file(work: Exporter, args: argparse.Namespace) -> str:
     part.replace(target)
     _sync_directory(target.parent)
     return said
+
+
+def _claim(file: BinaryIO, path: Path) -> None:
+    """Make sure that nobody else writes this file; the claim ends with the process, however that ends. Raises UsageError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"Another export is writing {path} now.") from None
 
 
 def _sync_directory(directory: Path) -> None:

@@ -58,6 +58,11 @@ lock is held: a condition for what COMMAND writes to ddb). Signals are passed on
 cluster could not be told in time that its holder lives, COMMAND is killed at once, with all that it started unless it runs in a
 terminal, and the exit code is 1. 126 and 127: COMMAND can't be run, or is not there; 128+N: signal N ended it. With `--wait`, 4 means
 that it was not to be had in time. What a lock over a network can't promise is told in [recipes.md](recipes.md).""",
+    "elect": """\
+Like `lock`, among candidates: one at a time leads, the next one in line follows. `--value` is what others see of the leader.""",
+    "lease": """\
+A key that was put with a lease (`ddb put --lease`) is deleted when the lease is not kept alive for its time. `keepalive` goes on until
+Ctrl-C, and fails where the lease is gone.""",
     "diff": """\
 What a key was at a revision is told from what the nodes keep of the past (`--retain` entries); where that is gone, `compacted` says from
 where on it can be told.""",

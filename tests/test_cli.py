@@ -56,7 +56,7 @@ def item(key: str, value: Any, rev: int = 7) -> dict[str, Any]:
     return {"key": key, "value": value, "rev": rev, "created": 3, "version": 2}
 
 
-def command(*argv: str, server: str = "127.0.0.1:1", **options: Any) -> subprocess.CompletedProcess[bytes]:
+def command(*argv: str | bytes, server: str = "127.0.0.1:1", **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Runs a command line as a process of its own."""
     whole = [sys.executable, "-m", "ddb", "--server", server, *argv]
     return subprocess.run(whole, capture_output=True, env=environment(), timeout=30, **options)
@@ -195,6 +195,15 @@ def test_keys_and_values_come_from_files_and_standard_input(server: FakeServer, 
 def test_what_can_t_be_read_gets_a_sentence(ddb: Run, argv: list[str], code: int) -> None:
     ran = ddb(*argv)
     assert ran.code == code and re.fullmatch(r"ddb: [^\n]+\n", ran.err)
+
+
+def test_an_argument_that_is_no_text_is_a_value_at_most(server: FakeServer) -> None:
+    server.answer = lambda request: {"ok": True, "rev": 1}
+    assert command("get", b"\xff", server=server.address).stderr.startswith(
+        b"ddb: A key or value on the command line is"
+    )
+    assert command("put", "k", b"\xff", "--bytes", server=server.address).returncode == 0
+    assert [r["value"] for r in server.requests] == [{"$b64": "/w=="}]
 
 
 def test_bytes_are_not_let_loose_on_a_terminal(server: FakeServer, tmp_path: Path) -> None:

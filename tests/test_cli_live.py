@@ -19,6 +19,7 @@ from ddb import clichanges
 from ddb.client import Client, connect
 from tests.fake_server import FakeServer, failure
 from tests.harness import Cluster, environment, wait
+from tests.terminal import CTRL_C, ENTER, Terminal
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,22 @@ def test_signals_are_passed_on(client: Client, number: signal.Signals) -> None:
         process.send_signal(number)
         assert process.wait(10) == 42
     assert not client.leases()
+
+
+def test_a_command_at_a_terminal_can_be_typed_to_and_gets_ctrl_c_once(client: Client, tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, time; caught = []; signal.signal(signal.SIGINT, lambda *_: caught.append(1)); "
+        "print('typed', input('type: '), flush=True)\nwhile not caught: time.sleep(0.01)\n"
+        "time.sleep(0.3); print('caught', len(caught), flush=True)"
+    )
+    argv = arguments(client, "lock", "terminal", "--", sys.executable, "-c", code)
+    with Terminal(argv, tmp_path, environment(), False) as terminal:
+        terminal.wait_for("type: ")
+        terminal.type("hello" + ENTER)
+        terminal.wait_for("typed hello")
+        terminal.type(CTRL_C)
+        terminal.wait_for("caught 1")
+        terminal.wait_ended()
 
 
 def test_a_lost_lock_kills_the_command_and_what_it_started(client: Client) -> None:

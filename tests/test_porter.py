@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import signal
@@ -197,6 +198,13 @@ def test_an_export_that_was_killed_goes_on_where_it_was(source: Client, tmp_path
     assert (b"Going on" in ran.stderr) == (size > 100)
     assert last_line(file)["sha256"] == last_line(whole)["sha256"]
     assert last_line(file)["keys"] == 5000
+
+
+def test_two_exports_do_not_write_the_same_file(source: Client, tmp_path: Path) -> None:
+    with (tmp_path / "out.part").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        ran = ddb(source, "export", str(tmp_path / "out"))
+    assert ran.returncode == 2 and b"Another export is writing" in ran.stderr
 
 
 def test_the_part_of_another_range_is_not_gone_on_with(source: Client, tmp_path: Path) -> None:
