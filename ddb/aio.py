@@ -378,8 +378,12 @@ class Client(Operations):
         end_s = now() + timeout_s
         outcomes: list[Outcome] = []
         while len(outcomes) < len(requests):
-            async with numbers.numbered(requests[len(outcomes) :], timeout_s) as some:
-                outcomes += await self._caller.volley(some, max(end_s - now(), 0))
+            left_s = max(end_s - now(), 0)
+            try:
+                async with numbers.numbered(requests[len(outcomes) :], left_s) as some:
+                    outcomes += await self._caller.volley(some, max(end_s - now(), 0))
+            except DdbError as error:  # no more of them can begin
+                outcomes += [error] * (len(requests) - len(outcomes))
         return outcomes
 
     async def run(self, plan: Plan[T]) -> T:

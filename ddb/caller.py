@@ -68,6 +68,8 @@ class Caller:
             return link
         self.drop(address)
         link = self.links[address] = Link(address, deadline_s)
+        if self._aborted.is_set():  # by a thread that did not see this link
+            link.abort()
         return link
 
     def drop(self, address: str) -> None:

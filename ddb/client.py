@@ -32,7 +32,7 @@ from ddb import keeping, plans, questions, wire
 from ddb.attempts import Attempt, Attempts
 from ddb.caller import Callers
 from ddb.calls import Outcome, State
-from ddb.errors import BadRequest
+from ddb.errors import BadRequest, DdbError
 from ddb.keeping import current, is_numbered
 from ddb.leases import Lease, Numbers, Session, now
 from ddb.operations import Operations
@@ -215,7 +215,8 @@ class Client(Operations):
         False
         """
         asked_s = now()
-        return Lease(self._callers, self.ask(questions.lease_grant(ttl_s), timeout_s), ttl_s, asked_s, on_lost)
+        granted = self.ask(questions.lease_grant(ttl_s), timeout_s)
+        return Lease(self._callers, granted, ttl_s, asked_s, on_lost, self.timeout_s)
 
     # ----------------------------------------------------------- recipes
 
@@ -348,8 +349,12 @@ class Client(Operations):
         end_s = now() + timeout_s
         outcomes: list[Outcome] = []
         while len(outcomes) < len(requests):
-            with numbers.numbered(requests[len(outcomes) :], timeout_s) as some:
-                outcomes += self._callers.volley(some, max(end_s - now(), 0))
+            left_s = max(end_s - now(), 0)
+            try:
+                with numbers.numbered(requests[len(outcomes) :], left_s) as some:
+                    outcomes += self._callers.volley(some, max(end_s - now(), 0))
+            except DdbError as error:  # no more of them can begin
+                outcomes += [error] * (len(requests) - len(outcomes))
         return outcomes
 
     def run(self, plan: Plan[T]) -> T:

@@ -43,8 +43,15 @@ class Lease:
     """A time to live that keys can hang on. Made by `Client.lease`; `id` is what the cluster calls it."""
 
     def __init__(
-        self, callers: Callers, lease: int, ttl_s: float, asked_s: float, on_lost: Callable[[], object] | None
-    ):
+        self,
+        callers: Callers,
+        lease: int,
+        ttl_s: float,
+        asked_s: float,
+        on_lost: Callable[[], object] | None,
+        timeout_s: float,
+    ) -> None:
+        self._timeout_s = timeout_s
         self.id = lease
         self.ttl_s = ttl_s
         self._callers = callers
@@ -77,7 +84,7 @@ class Lease:
         >>> 9 < lease.keepalive() <= 10
         True
         """
-        self._beat(self._callers.call, self._callers.known.unreachable_s if timeout_s is None else timeout_s)
+        self._beat(self._callers.call, self._timeout_s if timeout_s is None else timeout_s)
         return self.remaining_s
 
     def revoke(self, *, timeout_s: float | None = None) -> None:
@@ -90,7 +97,7 @@ class Lease:
         False
         """
         self.close()
-        patience_s = self._callers.known.unreachable_s if timeout_s is None else timeout_s
+        patience_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             self._callers.call(questions.lease_revoke(self.id).request, None, patience_s)
         except BadRequest as error:
