@@ -20,7 +20,7 @@ import pytest
 
 import ddb
 from ddb import aio, errors
-from ddb.results import Event
+from ddb.results import Event, Item
 from tests.harness import Cluster, environment, wait
 
 INCREMENTS = 2_000
@@ -271,6 +271,58 @@ def test_one_at_a_time_holds_a_lock_and_tokens_grow_through_leader_kills(cluster
     with leaders_killed(three, 2, lambda: len(tokens) / 50), ThreadPoolExecutor(5) as pool:
         list(pool.map(contend, "abcde"))
     assert tokens == sorted(set(tokens)) and len(tokens) == 50
+
+
+CONTENDER = """
+import sys, ddb
+with ddb.connect(sys.argv[1], timeout_s=30) as db:
+    while True:
+        try:
+            with db.lock("resource", ttl_s=0.5) as lock:
+                for step in range(20):
+                    db.put("guarded", lock.token, if_=lock.guard)
+        except ddb.DdbError:
+            continue
+"""
+
+
+def test_no_stale_holder_writes_where_its_guard_is_checked_while_holders_and_leaders_are_frozen_and_killed(
+    cluster: Callable[..., Cluster],
+) -> None:
+    three = cluster(3)
+    rng = random.Random(5)
+    with contextlib.ExitStack() as stack:
+        db = stack.enter_context(ddb.connect(three.addresses, timeout_s=30))
+        contenders = [stack.enter_context(program(CONTENDER, three.addresses)) for _ in range(5)]
+        before = 0
+        for harm in range(8):
+            wait(lambda above=before: (db.get("guarded") or _NOTHING).version > above + 20, 60, "somebody goes on")
+            before = (db.get("guarded") or _NOTHING).version
+            victim = rng.choice(contenders)
+            if harm % 4 == 3:
+                leader = three.leader()
+                leader.kill()
+                leader.start()
+            elif harm % 4 == 2:
+                victim.kill()
+                contenders[contenders.index(victim)] = stack.enter_context(program(CONTENDER, three.addresses))
+            else:
+                victim.send_signal(signal.SIGSTOP)
+                stack.callback(victim.send_signal, signal.SIGCONT)
+                wait(lambda above=before: (db.get("guarded") or _NOTHING).version > above + 20, 60, "others go on")
+                victim.send_signal(signal.SIGCONT)
+        for contender in contenders:
+            contender.kill()
+        tokens: list[int] = []
+        page = db.history(key="guarded", limit=1000)
+        while page.changes:
+            tokens += [change.value for change in page]
+            page = db.history(key="guarded", limit=1000, from_rev=page.changes[-1].rev + 1)
+    assert tokens == sorted(tokens), "never an older token after a newer one"
+    assert len(set(tokens)) >= 4, "the lock changed hands"
+
+
+_NOTHING = Item("", None, 0, 0, 0)
 
 
 def test_an_election_passes_on_when_its_leader_is_killed(cluster: Callable[..., Cluster]) -> None:
