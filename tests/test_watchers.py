@@ -125,7 +125,7 @@ class Carrier:
         """The client takes some pieces of the output (None: all, until nothing more comes)."""
         while True:
             del self.waiting[: len(self.waiting) if pieces is None else pieces]
-            if self.stream is None or not self.stream.is_ready:
+            if self.stream is None or self.sock is None or not self.stream.is_ready:
                 return
             self.stream.told_of_room()
             if pieces is not None:
