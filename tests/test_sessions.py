@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ddb import sessions
 from ddb.calls import Exchange, Failed, Knowledge, call
 from ddb.codec import encode_batch
-from ddb.commands import well_formed
+from ddb.commands import prepare, well_formed
 from ddb.kv import DIGEST_MASK, Machine, MemoryTable, digest_of
 from ddb.ledger import Ledger, record_checksum
 from ddb.wire import decode, encode
@@ -299,6 +299,32 @@ def test_no_member_can_bring_into_the_log_what_no_client_may_ask(command: list[A
 )
 def test_members_forward_all_that_clients_may_ask(command: list[Any]) -> None:
     assert well_formed(encode(command), command)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"op": "session_open"},
+        {"op": "session_close", "client": 2**53},
+        {"op": "lease_grant", "ttl": 31_536_000},
+        {"op": "lease_grant", "ttl": 0.001},
+        {"op": "lease_revoke", "lease": 1},
+        {"op": "put", "key": "k", "value": {"if": []}, "lease": 2**53},
+        {"op": "put", "key": "k", "value": 1, "lease": 3, "if": {"exists": False}},
+        {"op": "batch", "ops": [{"op": "put", "key": "k", "value": {}, "lease": 3}, {"op": "delete", "key": "k"}]},
+        {"op": "txn", "if": {"key": "k", "rev": 0}, "then": [{"op": "put", "key": "k", "value": [], "lease": 3}]},
+    ],
+)
+@pytest.mark.parametrize("numbers", [{}, {"client": 7, "seq": 2**53}])
+def test_what_a_node_takes_from_its_clients_its_leader_takes_from_it(
+    request_: dict[str, Any], numbers: dict[str, int]
+) -> None:
+    if request_["op"].startswith("session") and numbers:
+        return  # these are no writes of a session
+    entry, _ = prepare({**request_, **numbers})
+    command = decode(entry)
+    assert well_formed(entry, command)
+    assert (command[0] == "once") is bool(numbers)
 
 
 WRITE = st.tuples(st.integers(0, 2), st.integers(1, 12), st.sampled_from(["incr", "put", "text", "close", "restore"]))

@@ -182,7 +182,7 @@ TENANCY: list[Mutant] = [
     mutant(
         "a plain put does not detach",
         "a key that was put anew goes with the lease that it had before",
-        MACHINE + "apply_batch",
+        MACHINE + "_run",
         "if key in leased:",
         "if False:",
         claim="test_leasebook.py::test_a_put_says_to_which_lease_a_key_belongs",
