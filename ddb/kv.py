@@ -27,7 +27,7 @@ A write of a session is wrapped: `["once", CLIENT, SEQ, COMMAND]`. What is insid
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Final, Protocol
 from zlib import crc32
 
@@ -94,6 +94,10 @@ class Table(Readable, Protocol):
 
     digest: int
     ledger: Ledger
+
+    def prefetch(self, keys: Collection[str]) -> None:
+        """Many `keys` will be asked for soon: look them up together, where that is quicker."""
+        ...
 
     def put(self, key: str, row: Row, old: Row | None) -> None:
         """Store `row` under `key`, in the place of `old`, which is what `row(key)` returned just now."""
@@ -510,6 +514,9 @@ class MemoryTable:
     def row(self, key: str) -> Row | None:
         """See Table."""
         return self._rows.get(key)
+
+    def prefetch(self, keys: Collection[str]) -> None:
+        """See Table."""
 
     def put(self, key: str, row: Row, old: Row | None) -> None:
         """See Table."""

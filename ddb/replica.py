@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ddb import codec, kv, wire
+from ddb import backlog, codec, kv, wire
 from ddb.commands import well_formed
 from ddb.config import Bounds
 from ddb.errors import BadRequest, Compacted, CorruptStore, DdbError, NoLeader, Overloaded, ReadOnly, Timeout
@@ -354,9 +354,14 @@ class Replica:
         if ready.batches and ready.messages:
             self.push()
         self._save(ready, now)
-        for batch in ready.committed:
-            if not self.diverged:
+        if len(ready.committed) < backlog.BACKLOG_MIN:
+            for batch in ready.committed:
                 self._apply(batch)
+        else:
+            for batches in backlog.groups(ready.committed, self._read_batch):
+                self.machine.table.prefetch(backlog.keys(batches))
+                for batch in batches:
+                    self._apply(batch)
         for ticket, index in ready.reads:
             if asked := self._reads_asked.pop(ticket, None):
                 self._reads_applying.append((index, asked[1]))
@@ -488,6 +493,8 @@ class Replica:
                 self.send(message)
 
     def _apply(self, batch: Batch) -> None:
+        if self.diverged:
+            return
         if not batch.commands and batch.config is None:  # from the disk, or applied once already
             batch = replace(batch, commands=codec.decode_batch(batch.data or self._read_batch(batch.first)).commands)
         try:

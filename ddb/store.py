@@ -36,7 +36,7 @@ import sqlite3
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -56,6 +56,8 @@ from ddb.snapshot import Copy, Meta, corrupt, errors, translated
 logger = logging.getLogger(__name__)
 
 POINT: Final = "SELECT CAST(value AS BLOB), rev, created, version, crc FROM kv WHERE key = ?"
+MANY: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv WHERE key IN"
+PREFETCHED_AT_ONCE: Final = 500
 ROW_FIELDS: Final = 6
 STATEMENT_ROWS: Final = 500  # 3,000 variables; SQLite allows 32,766
 STATEMENT_BYTES_MAX: Final = 4 << 20  # SQLite copies what is bound to a statement
@@ -157,6 +159,18 @@ class Store:
                 if row is UNKNOWN:
                     return self._row_on_disk(key)
         return row  # type: ignore[no-any-return]
+
+    def prefetch(self, keys: Collection[str]) -> None:
+        """Have the rows of `keys` in memory, as far as they are on disk alone. Raises CorruptStore."""
+        on_disk = [key for key in keys if self._known(key) is UNKNOWN and self._may_be_on_disk(key)]
+        on_disk.sort()
+        for first in range(0, len(on_disk), PREFETCHED_AT_ONCE):
+            some = on_disk[first : first + PREFETCHED_AT_ONCE]
+            with errors(self.path):
+                found = self._connection.execute(f"{MANY} ({','.join('?' * len(some))})", some).fetchall()
+            rows = {key: self._sound(key, tuple(fields)) for key, *fields in found}
+            for key in some:
+                self._cache.add(key, rows.get(key))  # None: it is not there
 
     def put(self, key: str, row: Row, old: Row | None) -> None:
         """Store `row` under `key`, in the place of `old`, which is what `row(key)` returned just now."""
@@ -392,8 +406,18 @@ class Store:
         self._changed = Layer()
         self._changed_rows: Rows = self._changed.rows
 
+    def _known(self, key: str) -> Any:
+        """What memory says of `key`; see `row`, which does the same without a call more."""
+        row = self._changed_rows.get(key, UNKNOWN)
+        if row is UNKNOWN and self._flushing is not None:
+            row = self._flushing.rows.get(key, UNKNOWN)
+        return self._cache.get(key) if row is UNKNOWN else row
+
+    def _may_be_on_disk(self, key: str) -> bool:
+        return self._on_disk and (self._filter is None or self._filter.may_hold(key))
+
     def _row_on_disk(self, key: str) -> Row | None:
-        if not self._on_disk or (self._filter is not None and not self._filter.may_hold(key)):
+        if not self._may_be_on_disk(key):
             return None
         try:
             fields = self._connection.execute(POINT, (key,)).fetchone()
@@ -401,10 +425,15 @@ class Store:
             raise translated(error, self.path) from error
         if fields is None:
             return None
+        row = self._sound(key, fields)
+        self._cache.add(key, row)
+        return row
+
+    def _sound(self, key: str, fields: tuple[Any, ...]) -> Row:
+        """`fields` as a row, where they are what was written under `key`. Raises CorruptStore."""
         if not snapshot.sound(key, fields):
             raise corrupt(self.path, f"the row of {key!r} is not what was written")
-        self._cache.add(key, fields)
-        return fields  # type: ignore[no-any-return]
+        return fields
 
     def _count_on_disk(self, start: str, end: str | None) -> tuple[int, int]:
         """The index that the file is at, and how many keys of the range it has then."""

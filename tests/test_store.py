@@ -292,6 +292,11 @@ class StoreModel(RuleBasedStateMachine):
         self.store.abandon_checkpoint(self.writing[0])
         self.writing = None
 
+    @rule(some=st.sets(keys))
+    def prefetch(self, some: set[str]) -> None:
+        self.store.prefetch(some)
+        assert {key: self.store.row(key) for key in some} == {key: self.now.get(key) for key in some}
+
     @rule()
     def restart(self) -> None:
         self.store.close()
@@ -659,6 +664,19 @@ def test_no_flipped_bit_is_served_by_a_store_that_was_verified(
                 assert target.row(key) == rows[key], position
             assert target.row("key05000") is None
     assert refused > 200  # the rest hit free space
+
+
+def test_no_damaged_row_is_prefetched(path: Path, healthy: tuple[bytes, dict[str, Row]]) -> None:
+    data, rows = healthy
+    key, row = max(rows.items(), key=lambda item: len(item[1][0]))
+    position = data.index(row[0]) + len(row[0]) // 2
+    remove_files(path)
+    path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+    with (
+        Store.open(path, verified_at_open_bytes_max=0) as target,
+        pytest.raises(CorruptStore, match=re.escape(repr(key))),
+    ):
+        target.prefetch(rows.keys())
 
 
 def test_a_damaged_schema_is_refused_also_where_sqlite_quotes_what_is_no_utf_8(
