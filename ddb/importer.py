@@ -12,10 +12,11 @@ its own, so they may arrive in any order. That is only allowed where the order m
 under way have a key in common. A line whose key is under way waits until everything is answered.
 
 A batch whose answer is lost is sent again, under the same number of the same session, so that its first copy, if it
-turns up late, does nothing: it might undo what a later line says.
+turns up late, does nothing: it might undo what a later line says. For the same reason the session of a run that was
+killed is closed before another one goes on.
 
 How far it got is kept beside the input, in FILE.import: the length of what is done, and its checksum, so that another
-file under the same name is noticed.
+file under the same name is noticed; and the session.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ def import_(client: Client, args: argparse.Namespace) -> int:
                 raise UsageError(f"{args.file} is not what was being imported here; to begin anew, say --restart.")
             complain(f"Going on behind line {begun.lines:,}, where it was stopped.")
         writer = stack.enter_context(Writer(client, args.server, patience_s))
+        note.take_over(writer)
         work = Importer(source, writer, note, args.into or "", progress.show)
         work.run()
     note.forget()
@@ -112,6 +114,8 @@ class Note:
     def __init__(self, path: Path | None, cluster: str, into: str) -> None:
         self._path = path
         self._of = {"cluster": cluster, "into": into}
+        self._before: int | None = None  # the session of the run that was stopped
+        self._session: int | None = None
         self._due_s = 0.0
 
     def read(self) -> Place | None:
@@ -122,9 +126,16 @@ class Note:
             kept = json.loads(self._path.read_bytes())
             if {name: kept[name] for name in self._of} != self._of:
                 return None
+            self._before = kept.get("session")
             return Place(int(kept["bytes"]), int(kept["lines"]), int(kept["crc"]))
         except (ValueError, KeyError, TypeError):
             return None
+
+    def take_over(self, writer: Writer) -> None:
+        """See that nothing of the run before is done any more, and note the session of `writer`. Raises a DdbError."""
+        if isinstance(self._before, int):
+            writer.end_session(self._before)
+        self._session = writer.session
 
     def keep(self, place: Place, now: bool = False) -> None:
         """Keep `place`, unless the last one was kept a moment ago."""
@@ -133,7 +144,7 @@ class Note:
         self._due_s = time.monotonic() + SAVED_EVERY_S
         beside = self._path.with_name(f"{self._path.name}.new")
         try:
-            beside.write_text(json.dumps({**self._of, **asdict(place)}), encoding="utf-8")
+            beside.write_text(json.dumps({**self._of, **asdict(place), "session": self._session}), encoding="utf-8")
             os.replace(beside, self._path)
         except OSError as error:
             complain(f"How far it got can't be kept in {self._path} ({error.strerror}); name a place with --state.")
@@ -211,7 +222,7 @@ class Writer:
         self._client = client
         self._servers = servers
         self._patience_s = patience_s
-        self._session = self._open()
+        self.session = self._open()
         self._numbers = itertools.count(1)
         self._pool = ThreadPoolExecutor(UNDER_WAY_MAX, "import")
         self._idle: queue.SimpleQueue[Client] = queue.SimpleQueue()
@@ -238,7 +249,7 @@ class Writer:
     def _insist(self, client: Client, request: dict[str, Any], number: int) -> None:
         """Send a request until it is done, in short calls, so that an interrupt need not wait for a long one."""
         deadline_s = time.monotonic() + self._patience_s
-        session, doubt = self._session, False
+        session, doubt = self.session, False
         while True:
             try:
                 client.call({**request, "client": session, "seq": number})
@@ -253,20 +264,28 @@ class Writer:
                 doubt = doubt or not error.definite
 
     def _renewed(self, expired: int) -> int:
-        if self._session == expired:
-            self._session = self._open()
-        return self._session
+        if self.session == expired:
+            self.session = self._open()
+        return self.session
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stopping = True
+        self.hurry()
         self._pool.shutdown(wait=True, cancel_futures=True)
         while not self._idle.empty():
             self._idle.get().close()
         with contextlib.suppress(DdbError):
-            self._client.call({"op": "session_close", "client": self._session}, timeout_s=1.0)
+            self.end_session(self.session, 1.0)
+
+    def end_session(self, session: int, timeout_s: float | None = None) -> None:
+        """Close a session: what was sent under it and is not done yet, never will be. Raises a DdbError."""
+        self._client.call({"op": "session_close", "client": session}, timeout_s=timeout_s)
+
+    def hurry(self) -> None:
+        """What is under way is not tried any longer than the call that it is in."""
+        self._stopping = True
 
 
 class Importer:
@@ -295,6 +314,9 @@ class Importer:
                 self._finish()
                 raise
             self._finish()
+        except BaseException:
+            self._writer.hurry()
+            raise
         finally:
             with contextlib.suppress(DdbError):  # the first one is told
                 self._drain()

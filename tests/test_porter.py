@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ddb import dump, exporter
+from ddb import dump, exporter, importer
 from ddb.client import Client, connect
-from ddb.errors import BadRequest, Compacted
+from ddb.errors import BadRequest, Compacted, SessionExpired
 from tests.harness import Cluster, environment, wait
 
 LINES = 20_000
@@ -97,13 +99,31 @@ def test_an_import_that_was_killed_goes_on_where_it_was(target: Client, tmp_path
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
         wait(note.exists, what="it has begun")
         process.kill()
-    lines = json.loads(note.read_bytes())["lines"]
+    kept = json.loads(note.read_bytes())
+    lines, session = kept["lines"], kept["session"]
     assert 0 < lines < LINES
     ran = ddb(target, "import", str(file))
     assert ran.returncode == 0
     assert f"Going on behind line {lines:,}".encode() in ran.stderr
     assert rows(target) == {f"k{n % 15_000:05}": n for n in range(LINES)}
     assert not note.exists()
+    with pytest.raises(SessionExpired):  # what it had sent, and may turn up late, is refused
+        target.call({"op": "put", "key": "k00000", "value": "late", "client": session, "seq": 10**6})
+
+
+def test_ctrl_c_ends_an_import_whose_cluster_is_away(tmp_path: Path) -> None:
+    with Cluster(tmp_path, 1, registry=False) as cluster, connect(cluster.addresses) as client:
+        argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "import", "-"]
+        with subprocess.Popen(argv, env=environment(), stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            process.stdin.write(b"".join(dump.put(f"k{n:05}", n) for n in range(600)))
+            process.stdin.flush()
+            wait(lambda: client.count() == 500, what="a batch is written")
+            cluster.nodes[0].kill()
+            process.stdin.write(b"".join(dump.put(f"k{n:05}", n) for n in range(600, 1300)))
+            process.stdin.flush()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
 
 
 def test_ctrl_c_keeps_what_is_done(target: Client, tmp_path: Path) -> None:
@@ -292,3 +312,59 @@ def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path) -> None:
             _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert last_line(tmp_path / "out")["keys"] == len(lines)
+
+
+class Pending:
+    """A batch on its way, which is done when somebody waits for it."""
+
+    def __init__(self, ops: list[dict[str, Any]]) -> None:
+        self.keys = {op["key"] for op in ops}
+        self.over = False
+
+    def done(self) -> bool:
+        return self.over
+
+    def result(self) -> None:
+        self.over = True
+
+
+class FakeWriter:
+    """Takes batches, and looks that none has a key in common with one that is on its way."""
+
+    def __init__(self) -> None:
+        self.sent: list[Pending] = []
+        self.rows: dict[str, Any] = {}
+        self.most = 0
+
+    def begin(self, ops: list[dict[str, Any]]) -> Pending:
+        one = Pending(ops)
+        under_way = [other for other in self.sent if not other.over]
+        assert all(one.keys.isdisjoint(other.keys) for other in under_way)
+        self.sent.append(one)
+        self.most = max(self.most, len(under_way) + 1)
+        self.rows.update({op["key"]: op.get("value") for op in ops})
+        return one
+
+    def hurry(self) -> None:
+        """Nothing takes time here."""
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=300))
+def test_no_two_batches_under_way_have_a_key_in_common(numbers: list[int]) -> None:
+    writer = FakeWriter()
+    text = b"".join(dump.put(f"k{number}", n) for n, number in enumerate(numbers))
+    source = importer.Source(io.BytesIO(text), "-")
+    work = importer.Importer(source, writer, importer.Note(None, "", ""), "", lambda said: None)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importer, "BATCH_OPS", 5)
+        work.run()
+    assert writer.rows == {f"k{number}": n for n, number in enumerate(numbers)}
+    assert all(one.over for one in writer.sent)
+    assert writer.most <= importer.UNDER_WAY_MAX
+
+
+def test_batches_overlap_where_they_may() -> None:
+    writer = FakeWriter()
+    source = importer.Source(io.BytesIO(b"".join(dump.put(f"k{n}", n) for n in range(5000))), "-")
+    importer.Importer(source, writer, importer.Note(None, "", ""), "", lambda said: None).run()  # type: ignore[arg-type]
+    assert writer.most == importer.UNDER_WAY_MAX
