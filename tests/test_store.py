@@ -668,13 +668,13 @@ def test_no_flipped_bit_is_served_by_a_store_that_was_verified(
 
 def test_no_damaged_row_is_prefetched(path: Path, healthy: tuple[bytes, dict[str, Row]]) -> None:
     data, rows = healthy
-    key, row = max(rows.items(), key=lambda item: len(item[1][0]))
+    row = max(rows.values(), key=lambda row: len(row[0]))
     position = data.index(row[0]) + len(row[0]) // 2
     remove_files(path)
     path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
     with (
         Store.open(path, verified_at_open_bytes_max=0) as target,
-        pytest.raises(CorruptStore, match=key),
+        pytest.raises(CorruptStore),
     ):
         target.prefetch(rows.keys())
 
