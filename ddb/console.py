@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import base64
 import binascii
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -66,10 +67,13 @@ class Command:
 
 
 def speak_utf8() -> None:
-    """Values are UTF-8 whatever the locale says; what can't be shown is escaped, and never ends in a traceback."""
+    """Values are UTF-8 whatever the locale says; what can't be shown is escaped, and never ends in a traceback. Warnings
+    look like all else that is said."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if logging.lastResort is not None:  # what a library warns of, where nobody keeps a log
+        logging.lastResort.setFormatter(logging.Formatter("ddb: %(message)s"))
 
 
 def say(line: str) -> None:

@@ -377,3 +377,17 @@ def test_bad_usage_is_2_and_one_line(client: Client, argv: list[str]) -> None:
     ran = ddb(client, *argv)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert re.fullmatch(r"ddb[^\n]*: [^\n]+\n", ran.stderr)
+
+
+def test_a_cluster_that_is_away_for_too_long_is_a_lost_lock(tmp_path: Path) -> None:
+    with Cluster(tmp_path, 1, registry=False) as cluster, connect(cluster.addresses) as client:
+        argv = ["lock", "cut", "--ttl", "1", "--timeout", "1", "--", sys.executable, "-c", FOREVER]
+        with running(client, *argv) as process:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == "begun\n"
+            cluster.nodes[0].stop_signal()
+            assert process.wait(20) == 1
+            cluster.nodes[0].kill()
+            said = process.stderr.read()
+            assert "ddb: 'cut' may have been lost, so the command was killed.\n" in said
+            assert all(line.startswith("ddb: ") for line in said.splitlines())
