@@ -14,12 +14,11 @@ are idle for the next: a program with one thread has one connection to each node
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from ddb import calls
@@ -162,31 +161,42 @@ class Callers:
         self._guests: set[Guest] = set()
         self.closed = False
 
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[Caller]:
-        """A caller for the time of a block. Raises BadRequest where the client is closed."""
-        with self._lock:
-            if self.closed:
-                raise BadRequest("This client is closed; connect again.")
-            caller = self.idle.pop() if self.idle else Caller(self.known)
-        try:
-            yield caller
-        finally:
-            with self._lock:
-                if not self.closed:
-                    self.idle.append(caller)
-            if self.closed:
-                caller.close()
-
     def call(self, request: Mapping[str, Any], at: str | None, timeout_s: float) -> dict[str, Any]:
-        """As Caller.call, in whichever thread."""
-        with self.lend() as caller:
+        """As Caller.call, in whichever thread. Raises BadRequest where the client is closed."""
+        caller = self._lent()
+        try:
             return caller.call(request, at, timeout_s)
+        finally:
+            self._returned(caller)
 
     def volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
-        """As Caller.volley, in whichever thread."""
-        with self.lend() as caller:
+        """As Caller.volley, in whichever thread. Raises BadRequest where the client is closed."""
+        caller = self._lent()
+        try:
             return caller.volley(requests, timeout_s)
+        finally:
+            self._returned(caller)
+
+    def _lent(self) -> Caller:
+        """An idle caller, or a new one. (To pop from a list is one step, whatever other threads do.)"""
+        if self.closed:
+            raise BadRequest("This client is closed; connect again.")
+        try:
+            return self.idle.pop()
+        except IndexError:
+            return Caller(self.known)
+
+    def _returned(self, caller: Caller) -> None:
+        self.idle.append(caller)
+        if self.closed:  # meanwhile: whoever comes last closes it
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        while self.idle:
+            try:
+                self.idle.pop().close()
+            except IndexError:
+                return  # another thread was faster
 
     def watch(self, request: dict[str, Any], from_rev: int | None, timeout_s: float) -> Watch:
         """A watch that stands. Raises a DdbError where none does within `timeout_s`."""
@@ -224,11 +234,9 @@ class Callers:
         with self._lock:
             self.closed = True
             guests, self._guests = self._guests, set()
-            idle, self.idle = self.idle, []
         for guest in guests:
             guest.close()
-        for caller in idle:
-            caller.close()
+        self._close_idle()
 
     def _turned(self, state: State) -> None:
         """Tell all who want to know. What they do wrong does no harm to the call that noticed."""
