@@ -38,6 +38,7 @@ PAGE: Final = 10_000
 QUEUE_PAGE: Final = 16
 RETRY_FIRST_S: Final = 0.02
 RETRY_MAX_S: Final = 0.5
+LOOK_AGAIN_S: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,12 @@ class Patience:
         """The moment at which waiting ends, as it looks now."""
         ends = [end for end in (self.deadline_s, self.kept_until_s()) if end is not None]
         return min(ends, default=None)
+
+    def a_while(self) -> Callable[[], float]:
+        """The same, but not later than in LOOK_AGAIN_S: for who waits at a node that is cut off from the others would not be
+        told what happens there, so who can, looks again from time to time."""
+        look_s = self.now() + LOOK_AGAIN_S
+        return lambda: min(until, look_s) if (until := self.until_s()) is not None else look_s
 
     @property
     def over(self) -> bool:
@@ -210,7 +217,7 @@ def _until_moved(prefix: str, before: list[str], limit: int, rev: int, patience:
 
     key, under = (before[-1], None) if limit == 1 else (None, prefix)
     try:
-        yield Await(key, under, rev + 1, patience.until_s, moved)
+        yield Await(key, under, rev + 1, patience.a_while(), moved)
     except Compacted:
         return  # looks again
 
@@ -279,10 +286,14 @@ def _until_gone(prefix: str, keys: set[str], rev: int, patience: Patience) -> Pl
         left.difference_update([event.key] if event.kind == "delete" else [])
         return not left
 
-    try:
-        yield Await(None, prefix, rev + 1, patience.until_s, all_gone)
-    except Compacted:
-        line, _ = yield from standing(prefix)
+    while left:
+        try:
+            yield Await(None, prefix, rev + 1, patience.a_while(), all_gone)
+        except Compacted:
+            pass  # looks again
+        if not left or patience.over or patience.lost:
+            break
+        line, rev = yield from standing(prefix)
         left &= {item.key for item in line}
     return not left
 
@@ -419,6 +430,6 @@ def _until_offered(name: str, rev: int, patience: Patience) -> Plan[None]:
         return event.kind == "delete"  # of a claim
 
     try:
-        yield Await(None, prefix_of("queue", name), rev + 1, patience.until_s, offers)
+        yield Await(None, prefix_of("queue", name), rev + 1, patience.a_while(), offers)
     except Compacted:
         return  # looks again

@@ -274,6 +274,21 @@ def test_who_waits_too_long_is_told_so_and_who_lost_its_lease_too() -> None:
     assert runners[0].result is None and isinstance(runners[1].result, errors.LockLost)
 
 
+def test_who_waits_looks_again_from_time_to_time_for_its_node_may_be_cut_off() -> None:
+    model, rng, now = Model(), random.Random(1), [0.0]
+    prefix = plans.prefix_of("lock", "l")
+    holder = model.grant()
+    turn_all([Runner(model, plans.enter(prefix, 1, holder, "me", Patience(lambda: now[0])))], rng)
+    waiting = Runner(model, plans.enter(prefix, 1, model.grant(), "late", Patience(lambda: now[0])))
+    turn_all([waiting], rng)
+    assert isinstance(waiting.wish, Await) and waiting.wish.until_s() == plans.LOOK_AGAIN_S
+    model.end(holder)
+    now[0] = plans.LOOK_AGAIN_S
+    waiting._go(lambda: waiting.plan.send(None))  # its watch has not told
+    turn_all([waiting], rng)
+    assert isinstance(waiting.result, Item)
+
+
 def test_a_lease_that_ran_out_before_its_key_was_made_is_a_lock_lost() -> None:
     model = Model()
     runner = Runner(model, plans.enter(plans.prefix_of("lock", "l"), 1, 7, "me", Patience(lambda: 0.0)))
