@@ -33,6 +33,7 @@ SAME_REPLY: Final = "every reply to one write of a session is the first (dissert
 KEPT_LONG: Final = "a session keeps what a client with 64 open writes may ask for (sessions.py)"
 UNUSED: Final = "a session that is used is not forgotten (dissertation §6.3)"
 NOT_EARLY: Final = "a lease lives its ttl after the last keep-alive that was answered (tenure.py)"
+CONFIRMED: Final = "a keep-alive is counted where a read would be answered (dissertation §6.4)"
 COUNTED: Final = "a keep-alive that is answered counts with whoever leads (dissertation §6.4)"
 BY_LOG: Final = "leases and sessions end by an entry of the log (leasebook.py)"
 WITH_KEYS: Final = "with a lease go its keys, all in that entry, and no others (leasebook.py)"
@@ -84,6 +85,7 @@ class TenureRules:
         """Watch the program that has just begun on `host`."""
         replica, tenure = node.replica, node.tenure
         answer, begin, keep = replica._answer_writes, tenure._begin, tenure.keep_alive
+        read, reading = replica._answer_read, False
 
         def watch_answers(batch: Batch, replies: list[bytes]) -> None:
             if batch.config is None:
@@ -94,12 +96,23 @@ class TenureRules:
             self._begun.append((self._now(), term))
             begin(term, now)
 
+        def watch_read(*args: Any) -> int:
+            nonlocal reading
+            reading = True
+            try:
+                return read(*args)
+            finally:
+                reading = False
+
         def watch_keep(lease: int, now: float) -> int:
+            if not reading:
+                raise Violation(CONFIRMED, host.name, f"lease {lease} at {node!r}")
             ttl_ms = keep(lease, now)
             self._renewed.setdefault(lease, []).append((self._now(), replica.raft.term))
             return ttl_ms
 
         replica._answer_writes = watch_answers  # type: ignore[method-assign]
+        replica._answer_read = watch_read  # type: ignore[method-assign]
         tenure._begin = watch_begin  # type: ignore[method-assign]
         tenure.keep_alive = watch_keep  # type: ignore[method-assign]
 
