@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 STREAM_BYTES_MAX: Final = 1 << 20  # of output that waits; over it, nothing is added
+JOINED_BYTES_MAX: Final = 1 << 14  # small events that go together are copied once, rather than handed on one by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,15 @@ class Stream:
         """Send `events`, in order, of which none is of a revision that goes on behind them."""
         dress, connection = self._dress, self._connection
         following = len(events)
+        pieces = []
         for number, event in enumerate(events, 1):
             last = number == following or events[number].rev != event.rev
-            connection.send(event.dressed(dress, last))
+            pieces.append(event.dressed(dress, last))
+        if len(pieces) > 1 and sum(map(len, pieces)) <= JOINED_BYTES_MAX:
+            connection.send(b"".join(pieces))
+            return
+        for piece in pieces:
+            connection.send(piece)
 
     def close(self) -> None:
         """End it, once all that was sent has left."""

@@ -466,3 +466,20 @@ def test_a_node_that_leaves_says_so_to_its_watchers_and_is_not_held_up(cluster: 
         told = event(one)
         assert (told["event"], told["error"]) == ("error", "shutting_down")
         assert b"event: error\ndata:" in two.rest()
+
+
+def test_history_and_watches_tell_what_sessions_and_leases_do(node: NodeServer, talk: Talk) -> None:
+    client = ask(node.address, op="session_open")["client"]
+    lease = ask(node.address, op="lease_grant", ttl=60)["lease"]
+    talk.ask(op="watch", prefix="s1/")
+    put = {"op": "put", "key": "s1/a", "value": 1, "client": client, "seq": 1, "lease": lease}
+    revs = [ask(node.address, **put)["rev"] for _ in range(2)]
+    ask(node.address, op="put", key="s1/b", value=1, lease=lease)
+    gone = ask(node.address, op="lease_revoke", lease=lease)["rev"]
+    told = [event(talk) for _ in range(4)]
+    assert [(one["event"], one["key"]) for one in told] == [
+        ("put", "s1/a"), ("put", "s1/b"), ("delete", "s1/a"), ("delete", "s1/b"),
+    ]  # fmt: skip
+    assert told[0]["rev"] == revs[0] == revs[1] and told[2]["rev"] == told[3]["rev"] == gone
+    changes = ask(node.address, op="history", prefix="s1/")["changes"]
+    assert [change.get("client") for change in changes] == [client, None, None, None]
