@@ -112,7 +112,7 @@ class TenureRules:
             return ttl_ms
 
         replica._answer_writes = watch_answers  # type: ignore[method-assign]
-        replica._answer_read = watch_read  # type: ignore[method-assign]
+        replica._answer_read = watch_read  # type: ignore[method-assign, assignment]
         tenure._begin = watch_begin  # type: ignore[method-assign]
         tenure.keep_alive = watch_keep  # type: ignore[method-assign]
 
