@@ -396,6 +396,53 @@ with ddb.connect(sys.argv[1], timeout_s=30) as db, db.queue("work") as queue:
     assert set(taken) <= set(range(items)) and len(taken) >= items - 2
 
 
+def test_tasks_share_locks_and_queues_through_leader_kills(cluster: Callable[..., Cluster]) -> None:
+    three = cluster(3)
+    inside: list[int] = []
+    tokens: list[int] = []
+    finished: list[int] = []
+
+    async def contend(db: aio.Client, me: int) -> None:
+        for _ in range(5):
+            async with db.lock("resource", ttl_s=20) as lock:
+                inside.append(me)
+                await asyncio.sleep(0)
+                assert inside == [me]
+                tokens.append(lock.token)
+                inside.remove(me)
+
+    async def work(db: aio.Client) -> None:
+        async with db.queue("work") as queue:
+            while True:
+                with contextlib.suppress(ZeroDivisionError):
+                    async with queue.take(ttl_s=20) as task:
+                        value = task.value
+                        if value % 10 == 3 and random.random() < 0.5:
+                            1 / 0  # given back, for somebody else
+                    finished.append(value)
+
+    async def run() -> None:
+        async with aio.connect(three.addresses, timeout_s=30) as db, db.queue("work") as queue:
+            workers = [asyncio.create_task(work(db)) for _ in range(3)]
+            contenders = [asyncio.create_task(contend(db, n)) for n in range(5)]
+            for n in range(40):
+                await queue.put(n)
+            await asyncio.gather(*contenders)
+            while len(finished) < 40:
+                await asyncio.sleep(0.02)
+                for worker in workers:
+                    assert not worker.done(), worker.exception()
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            assert await queue.size() == 0
+
+    with leaders_killed(three, 2, lambda: (len(tokens) + len(finished)) / 65):
+        asyncio.run(asyncio.wait_for(run(), 120))
+    assert tokens == sorted(set(tokens)) and len(tokens) == 25
+    assert sorted(finished) == list(range(40))
+
+
 def test_an_interrupt_ends_a_wait_for_a_lock_and_leaves_nothing(cluster: Callable[..., Cluster]) -> None:
     one = cluster(1, registry=False)
     before = set(threading.enumerate())

@@ -13,6 +13,7 @@ import doctest
 import importlib
 import inspect
 import io
+import re
 import sys
 import threading
 import traceback
@@ -24,7 +25,7 @@ import pytest
 
 import ddb
 from ddb import aio
-from tests.harness import Cluster
+from tests.harness import REPOSITORY, Cluster
 
 ASYNCIO = ["aio", "aiooperations", "aioblocks", "aioleases", "aiowatching", "aiorecipes"]
 BLOCKING = ["client", "operations", "attempts", "pipelines", "leases", "watching", "recipes"]
@@ -174,3 +175,39 @@ def test_the_asyncio_client_has_the_same_names_and_arguments(room: str, twin: st
                 ] == [(p.name, p.kind, p.default) for p in inspect.signature(other).parameters.values()], (
                     f"{name}.{method}"
                 )
+
+
+ARGUMENTS = {
+    "error",
+    "lost",
+    "max_lag_s",
+    "on_lost",
+    "prev_kv",
+    "timeout_s",
+    "wait_s",
+    "value",
+    "version",
+    "rev",
+    "exists",
+}
+OTHERS = {"ddb", "connected", "suspended", "in", "sorted", "with", "event.kind", "read_only", "session"} | ARGUMENTS
+
+
+def test_what_the_tables_name_as_a_counterpart_is_there() -> None:
+    """In the tables of docs/client.md, what stands as code on the right is a name of this client."""
+    text = (REPOSITORY / "docs/client.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| (.+) \|$", text, re.MULTILINE)
+    rooms = [importlib.import_module(f"ddb.{room}") for room in (*BLOCKING, "results")]
+    there = {name for room in rooms for name in vars(room)} | {
+        "aio.connect",
+        "ddb.connect",
+        "ddb.aio.connect",
+        "ddb.aio",
+    }
+    for thing in [thing for room in rooms for thing in vars(room).values() if inspect.isclass(thing)]:
+        there |= names_of(thing) | {f"{thing.__name__}.{name}" for name in names_of(thing)}
+    named = {found for row in rows for found in re.findall(r"`([\w.]+)[^`]*`", row)}
+    unknown = {
+        name for name in named if name not in there and name.removeprefix("watch.").removeprefix("queue.") not in there
+    }
+    assert len(rows) > 60 and unknown <= OTHERS, unknown - OTHERS
