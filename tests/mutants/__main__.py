@@ -24,6 +24,7 @@ from tests.mutants.simulated import Found, search, simulate
 from tests.mutants.storage import STORAGE
 from tests.mutants.table import recorded, write
 from tests.mutants.tenancy import TENANCY
+from tests.mutants.watching import WATCHING_BUGS
 
 WHERE: list[tuple[list[Mutant], list[str]]] = [
     (ELECTIONS, ["partitions", "messages"]),
@@ -34,6 +35,7 @@ WHERE: list[tuple[list[Mutant], list[str]]] = [
     (STORAGE, ["disks", "rot", "snapshots"]),
     (CLUSTER, ["members", "registry", "rot"]),
     (TENANCY, ["clocks", "freezes", "snapshots"]),
+    (WATCHING_BUGS, ["snapshots", "messages"]),
 ]
 """Where a bug is looked for, beside "all faults"."""
 
