@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from ddb.questions import HasId, Question
 from ddb.results import TxnResult
 
 T = TypeVar("T")
+_log = logging.getLogger("ddb.client")
 
 
 class Asks(Protocol):
@@ -126,7 +128,12 @@ class Attempts:
         retrying = Retrying(self._timeout_s, time.monotonic, random.Random())
         while True:
             attempt = Attempt(self._ask)
-            yield attempt
+            try:
+                yield attempt
+            except GeneratorExit:  # a `break` or a `return` in the loop
+                if attempt.committed is not None and not attempt.committed.succeeded:
+                    _log.warning("a transaction was left after an attempt that was overtaken: it did nothing")
+                raise
             if attempt.committed is None:
                 raise BadRequest("Use each attempt at a transaction in an `async with` statement, to its end.")
             if attempt.committed.succeeded:

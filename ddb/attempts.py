@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ddb.questions import HasId, Question
 from ddb.results import TxnResult
 
 T = TypeVar("T")
+_log = logging.getLogger("ddb.client")
 
 
 class Asks(Protocol):
@@ -105,7 +107,12 @@ class Attempts:
         retrying = Retrying(self._timeout_s, time.monotonic, random.Random())
         while True:
             attempt = Attempt(self._ask)
-            yield attempt
+            try:
+                yield attempt
+            except GeneratorExit:  # a `break` or a `return` in the loop
+                if attempt.committed is not None and not attempt.committed.succeeded:
+                    _log.warning("a transaction was left after an attempt that was overtaken: it did nothing")
+                raise
             if attempt.committed is None:
                 raise BadRequest("Use each attempt at a transaction in a `with` statement, to its end.")
             if attempt.committed.succeeded:

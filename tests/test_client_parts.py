@@ -289,6 +289,26 @@ def test_a_pipeline_raises_the_first_error_and_keeps_the_others_with_their_calls
     assert len(server.requests) == 2
 
 
+def test_a_transaction_that_is_left_after_it_was_overtaken_is_not_passed_over_in_silence(
+    server: FakeServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.answer = lambda r: {"ok": True, "found": False, "key": "k", "succeeded": False, "results": [], "rev": 1}
+    with client_of(server) as db:
+        for attempt in db.transaction():
+            with attempt as tx:
+                tx["k"] = tx.get("k", 0) + 1
+            break
+    assert "it did nothing" in caplog.text and server.ops == ["get", "txn"]
+
+
+def test_a_transaction_that_is_overtaken_again_and_again_ends_in_time_and_did_nothing(server: FakeServer) -> None:
+    server.answer = lambda r: {"ok": True, "found": False, "key": "k", "succeeded": False, "results": [], "rev": 1}
+    with client_of(server) as db, pytest.raises(errors.Conflict) as caught:
+        db.transact(lambda tx: tx.put("k", tx.get("k")), timeout_s=0.2)
+    assert caught.value.definite and server.ops.count("txn") > 3
+    assert server.requests[1]["if"] == [{"key": "k", "rev": 0}]
+
+
 # asyncio
 
 
