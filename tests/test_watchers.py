@@ -390,6 +390,24 @@ def test_what_comes_while_there_is_no_room_is_told_when_there_is(monkeypatch: py
     assert changes(slot) == node.all
 
 
+def test_what_was_read_from_the_chronicle_is_not_handed_round_again() -> None:
+    node = Node()
+    slot = node.watch(key="a", **{"from": 1})
+    node.apply(put("a", 1))
+    slot.connection.drain()
+    node.watching.turn()
+    assert changes(slot) == node.all and len(node.all) == 1
+
+
+def test_progress_waits_for_what_was_applied_in_this_turn() -> None:
+    node = Node()
+    slot = node.watch(key="a", **{"from": 1})
+    slot.connection.drain()
+    node.apply(put("a", 1))
+    node.watching.tick(PROGRESS_S)
+    assert [event["event"] for event in slot.connection.events()] == ["put", "progress"]
+
+
 def test_a_turn_never_ends_within_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchers, "RECORDS_A_TURN", 2)
     node = Node()

@@ -54,7 +54,7 @@ WATCHING_BUGS: list[Mutant] = [
         WATCHING + "_hand_round",
         "if watcher.seen < rev:",
         "if True:",
-        claim=TOLD + "test_each_watcher_is_told_each_change_once_in_order_or_that_it_ends",
+        claim=TOLD + "test_what_was_read_from_the_chronicle_is_not_handed_round_again",
     ),
     mutant(
         "file and memory overlap",
@@ -145,7 +145,7 @@ WATCHING_BUGS: list[Mutant] = [
         WATCHING + "tick",
         "self.turn()",
         "pass",
-        claim=TOLD + "test_each_watcher_is_told_each_change_once_in_order_or_that_it_ends",
+        claim=TOLD + "test_progress_waits_for_what_was_applied_in_this_turn",
     ),
     mutant(
         "a watch begins without confirmation",
