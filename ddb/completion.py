@@ -36,18 +36,32 @@ _BASH: Final = """\
 __ddb_words() { mapfile -t COMPREPLY < <(compgen -W "$1" -- "$cur"); }
 __ddb_files() { compopt -o filenames 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur"); }
 __ddb_keys() {
-    local key
+    local key begun
+    begun=${cur%"${cur##*[:=]}"}  # what bash takes for words of their own, and leaves as it is
     compopt -o nospace 2>/dev/null
-    while IFS= read -r key; do COMPREPLY+=("$(printf %q "$key")"); done < <(
-        "${COMP_WORDS[0]}" ${server:+--server "$server"} completion keys -- "$cur" 2>/dev/null
-    )
+    while IFS= read -r key; do
+        key=$(printf %q "$key")
+        COMPREPLY+=("${key#"$begun"}")
+    done < <("${COMP_WORDS[0]}" ${server:+--server "$server"} completion keys -- "${cur//\\\\/}" 2>/dev/null)
+}
+__ddb_split() {  # into `words`, at blanks only: bash also parts words at : and =, which keys may have
+    local rest=$COMP_LINE word i
+    words=()
+    for ((i = 0; i <= COMP_CWORD; i++)); do
+        word=${COMP_WORDS[i]}
+        if ((i > 0)) && [[ $rest != [[:blank:]]* ]]; then words[-1]+=$word; else words+=("$word"); fi
+        rest=${rest#"${rest%%[![:blank:]]*}"}
+        rest=${rest#"$word"}
+    done
 }
 _ddb() {
-    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} command='' server='' skip='' word i
+    local words cur prev command='' server='' skip='' word i
     local position=0
+    __ddb_split
+    cur=${words[-1]} prev=${words[-2]}
     COMPREPLY=()
-    for ((i = 1; i < COMP_CWORD; i++)); do
-        word=${COMP_WORDS[i]}
+    for ((i = 1; i < ${#words[@]} - 1; i++)); do
+        word=${words[i]}
         @WALK@
     done
 @OFFER@

@@ -15,6 +15,7 @@ from ddb import cli, completion
 from ddb.client import Client, connect
 from ddb.grammar import grammar
 from tests.harness import Cluster, environment, wait
+from tests.terminal import Terminal
 
 BASH = shutil.which("bash")
 ZSH = shutil.which("zsh")
@@ -23,7 +24,7 @@ ZSH = shutil.which("zsh")
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     with Cluster(tmp_path_factory.mktemp("cluster"), 1, registry=False) as cluster, connect(cluster.addresses) as one:
-        for key in ("user/7/name", "user/7/age", "user/8/name", "city", "cit y", "$HOME", "über"):
+        for key in ("user/7/name", "user/7/age", "user/8/name", "city", "cit y", "$HOME", "über", "a:b:c", "a:b:d=e"):
             one.put(key, "x")
         for n in range(0, 9000, 3000):
             one.batch([{"op": "put", "key": f"many/{m:05}/x", "value": m} for m in range(n, n + 3000)])
@@ -48,7 +49,7 @@ def in_bash(place: tuple[Path, dict[str, str]], *words: str) -> list[str]:
     assert BASH is not None
     text = """
         source <(ddb completion bash) || exit 9
-        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)) COMP_LINE="$*"
         _ddb
         printf '%s\\n' "${COMPREPLY[@]}"
     """
@@ -96,6 +97,26 @@ def test_bash_offers_every_command_and_every_option(place: tuple[Path, dict[str,
 
 
 @pytest.mark.skipif(BASH is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [("ddb ver\t", "ddb verify"), ("ddb get user/8\t", "ddb get user/8/"), ("ddb get a:\t", "ddb get a:b:"),
+     ("ddb get a:b:d\t", "ddb get a:b:d=e"), ("ddb get a:b:d=\t", "ddb get a:b:d=e"), ("ddb get cit\\ \t", "cit\\ y"),
+     ("ddb --server SERVER get cit\\ \t", "cit\\ y"), ("ddb import da\t", "ddb import data.jsonl")],
+)  # fmt: skip
+def test_bash_completes(place: tuple[Path, dict[str, str]], typed: str, shown: str) -> None:
+    assert BASH is not None
+    files, env = place
+    (files.parent / "rc").write_text('PS1="ready> "\neval "$(ddb completion bash)"\n')
+    address = env["DDB_SERVER"]
+    if "SERVER" in typed:
+        env["DDB_SERVER"] = "127.0.0.1:1"  # so that the one that is named counts
+    with Terminal([BASH, "--rcfile", str(files.parent / "rc"), "-i"], files, env) as terminal:
+        terminal.wait_for("ready>")
+        terminal.type(typed.replace("SERVER", address))
+        terminal.wait_for(shown)
+
+
+@pytest.mark.skipif(BASH is None, reason="there is no bash")
 def test_no_database_means_no_keys_and_no_noise(place: tuple[Path, dict[str, str]]) -> None:
     files, env = place
     assert in_bash((files, {**env, "DDB_SERVER": "127.0.0.1:1"}), "ddb", "get", "") == []
@@ -109,8 +130,6 @@ def test_no_database_means_no_keys_and_no_noise(place: tuple[Path, dict[str, str
      ("ddb get cit\t\t", "cit\\ y")],
 )  # fmt: skip
 def test_zsh_completes(place: tuple[Path, dict[str, str]], typed: str, shown: str) -> None:
-    from tests.terminal import Terminal
-
     assert ZSH is not None
     files, env = place
     (files.parent / ".zshrc").write_text(
@@ -123,7 +142,16 @@ def test_zsh_completes(place: tuple[Path, dict[str, str]], typed: str, shown: st
 
 
 def test_keys_are_offered_level_by_level(client: Client) -> None:
-    assert list(completion.levels(client, "")) == ["$HOME", "cit y", "city", "many/", "user/", "über"]
+    assert list(completion.levels(client, "")) == [
+        "$HOME",
+        "a:b:c",
+        "a:b:d=e",
+        "cit y",
+        "city",
+        "many/",
+        "user/",
+        "über",
+    ]
     assert list(completion.levels(client, "user/7/")) == ["user/7/age", "user/7/name"]
     assert list(completion.levels(client, "nothing")) == []
 
