@@ -55,7 +55,7 @@ class Plan:
     segment_bytes_max: int
     replace_after_s: float
     skew: bool  # whether the clocks run at different rates
-    sessions: int = 0  # clients with a session
+    sessions: int = 0  # clients with a session, in the place of so many
     holders: int = 0  # clients with a lease
     session_unused_s: float = 3600.0
     watchers: int = 0
@@ -71,7 +71,7 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         keys=rng.choice([1, 3, 6]),
         pace_s=rng.choice([0.3, 0.6, 1.2]),
         expect=nodes if rng.random() < 0.5 else 1,
-        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.1, 0.1]), heartbeat_s=rng.choice([0.1, 0.2, 0.3])),
+        timing=Timing(tick_s=rng.choice([0.025, 0.05, 0.1, 0.1, 0.1]), heartbeat_s=rng.choice([0.1, 0.2, 0.3])),
         bounds=replace(
             Bounds(),
             append_bytes_max=rng.choice([60, 200, 1 << 20]),
@@ -88,9 +88,9 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         replace_after_s=rng.choice([3.0, 8.0]),
         skew=rng.random() < 0.3,
         sessions=rng.choice([0, 1, 2]),
-        holders=rng.choice([0, 1, 2]),
+        holders=rng.choice([0, 0, 1, 2]),
         session_unused_s=rng.choice([1.0, 4.0, 3600.0]),
-        watchers=rng.choice([0, 1, 2]),
+        watchers=rng.choice([0, 0, 1, 2]),
     )
 
 
@@ -380,7 +380,7 @@ class Town:
         """Let the clients begin."""
         addresses = [f"{name}:{PORT}" for name in self.nodes]
         keys = [chr(ord("a") + number) for number in range(self.plan.keys)]
-        for number in range(self.plan.clients):
+        for number in range(max(1, self.plan.clients - self.plan.sessions)):
             host = self._host(f"c{number + 1}")
             own = random.Random(rng.getrandbits(64))
             self.clients.append(Client(host, addresses, keys, own, self.plan.pace_s, self._record))
