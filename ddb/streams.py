@@ -6,8 +6,8 @@ who get it.
 
 Theory. A slot that is *opened* instead of replied to makes its connection a stream (slots.py). It begins when all replies
 before it have left. From then on the connection serves it alone: what the client still sends is not looked at, and a client
-that shuts down its sending side goes on reading (`echo … | nc`). One that has gone is noticed when something can't be sent,
-at the next sign of life at the latest.
+that shuts down its sending side goes on reading (`echo … | nc`). One that has gone looks the same at
+first; it is noticed when what is sent comes back, at the second sign of life at the latest.
 """
 
 from __future__ import annotations
