@@ -411,6 +411,43 @@ def test_each_item_of_a_queue_is_finished_once_however_often_workers_die(
     assert sorted(finished) == list(range(items))
 
 
+def queue_of_one(model: Model, value: Any) -> None:
+    model.ask({"op": "put", "key": plans.key_of(plans.items_of("q"), 1), "value": value})
+
+
+def test_a_worker_whose_claim_ran_out_can_not_finish_what_another_works_on() -> None:
+    model, rng, patience = Model(), random.Random(1), Patience(lambda: 0.0)
+    queue_of_one(model, "letter")
+    ada, bob = model.grant(), model.grant()
+    first = Runner(model, plans.claim("q", ada, patience))
+    turn_all([first], rng)
+    model.end(ada)
+    second = Runner(model, plans.claim("q", bob, patience))
+    turn_all([second], rng)
+    (item, token), (again, later) = first.result, second.result
+    assert item == again and token < later
+    late, good = (
+        Runner(model, plans.finish("q", item, ada, Apart(1))),
+        Runner(model, plans.finish("q", item, bob, Apart(2))),
+    )
+    turn_all([late], rng)
+    assert isinstance(late.result, errors.LockLost)
+    turn_all([good], rng)
+    assert good.result is None and not model.rows
+
+
+def test_an_item_that_took_anothers_place_meanwhile_is_not_taken_for_it() -> None:
+    model, rng = Model(), random.Random(1)
+    queue_of_one(model, "old")
+    runner = Runner(model, plans.take("q", Apart(1), Patience(lambda: 0.0)))
+    while not (isinstance(runner.wish, Ask) and runner.wish.question.request["op"] == "delete"):
+        runner.turn(rng)
+    model.rows.clear()
+    queue_of_one(model, "new")
+    turn_all([runner], rng)
+    assert runner.result.value == "new" and not model.rows
+
+
 class Apart(Numbers):
     """Numbers of sessions that the model, which knows of one session only, does not mix up."""
 
