@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import secrets
 import sys
 import time
@@ -75,7 +76,12 @@ def mirror(client: Client, args: argparse.Namespace) -> int:
         raise UsageError(error.message) from None
     source = connect(args.server, timeout_s=PATIENCE_S)
     with source, target, Progress(sys.stderr) as progress:
-        say = (lambda sentence: None) if args.quiet else complain
+
+        def say(sentence: str) -> None:
+            if not args.quiet:
+                progress.clear()
+                complain(sentence)
+
         work = Mirror(source, target, args.prefix or "", args.into, say, progress.show)
         work.run(once=args.once, anew=args.restart)
     return OK
@@ -117,10 +123,12 @@ class Mirror:
 
         Raises a DdbError where it can't begin; after that, it waits for whatever doesn't answer.
         """
-        note, began, pause_s = self._read(), False, 0.1
-        note = None if anew else note
+        note = self._read()
+        note, began, known, pause_s = None if anew else note, False, True, 0.1
         while True:
             try:
+                if not known:
+                    note, known = self._read(), True
                 if note is None or note.after is not None:
                     note = self._copy(note)
                 began = True
@@ -128,6 +136,7 @@ class Mirror:
                 if once:
                     self._say(f"Up to date with revision {note.rev}: {self._changes:,} keys written or deleted.")
                     return
+                pause_s = 0.1
                 self._follow(note)
             except Compacted as error:
                 self._say(f"The source keeps no changes from revision {note.rev if note else 0} on: {error.message}")
@@ -139,10 +148,7 @@ class Mirror:
                 self._say(f"Waiting: {error.message}")
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, PAUSE_MAX_S)
-                note = self._read()
-            else:
-                pause_s = 0.1
-                note = self._read()
+                known = False
 
     # ---------------------------------------------------------------- copy
 
@@ -202,14 +208,33 @@ class Mirror:
         for page in changes.pages(self._source, note.rev + 1, prefix=self._prefix):
             if not page["changes"] and page["rev"] == note.rev:
                 return note
-            reached = page["changes"][-1]["rev"] if page["more"] else max(page["rev"], note.rev)
-            if page["changes"] or time.monotonic() - self._noted_s > NOTED_EVERY_S:
-                self._write(self._ops(page["changes"]), Note(reached, None))
+            for ops, rev in self._revisions(page["changes"]):
+                note = Note(rev, None)
+                self._write(ops, note)
+            reached = note.rev if page["more"] else max(page["rev"], note.rev)
+            if time.monotonic() - self._noted_s > NOTED_EVERY_S:
+                self._write([], Note(reached, None))
             note = Note(reached, None)
             self._show(f"at revision {note.rev}, {self._changes:,} keys written or deleted")
         return note
 
-    def _ops(self, changed: list[dict[str, Any]]) -> Iterator[Op]:
+    def _revisions(self, changed: list[dict[str, Any]]) -> Iterator[tuple[list[Op], int]]:
+        """What repeats these changes at the target, in pieces that hold whole revisions, each with its last one; no more
+        of them than one transaction takes, unless a single revision is more."""
+        piece: list[Op] = []
+        size = rev = 0
+        for this, group in itertools.groupby(changed, lambda change: int(change["rev"])):
+            ops = list(self._ops(group))
+            more = sum(map(_size, ops))
+            if piece and (len(piece) + len(ops) > STEP_OPS or size + more > STEP_BYTES):
+                yield piece, rev
+                piece, size = [], 0
+            piece += ops
+            size, rev = size + more, this
+        if piece:
+            yield piece, rev
+
+    def _ops(self, changed: Iterable[dict[str, Any]]) -> Iterator[Op]:
         """What repeats these changes at the target."""
         for change in changed:
             key = self._into + change["key"]
@@ -294,7 +319,7 @@ def _steps(ops: Iterable[Op]) -> Iterator[list[Op]]:
     step: list[Op] = []
     size = 0
     for op in ops:
-        op_bytes = len(op["key"]) + (len(wire.encode(op["value"])) if "value" in op else 0)
+        op_bytes = _size(op)
         if step and (len(step) >= STEP_OPS or size + op_bytes > STEP_BYTES):
             yield step
             step, size = [], 0
@@ -302,3 +327,8 @@ def _steps(ops: Iterable[Op]) -> Iterator[list[Op]]:
         size += op_bytes
     if step:
         yield step
+
+
+def _size(op: Op) -> int:
+    """About how many bytes `op` takes."""
+    return len(op["key"]) + (len(wire.encode(op["value"])) if "value" in op else 0)

@@ -33,12 +33,16 @@ class Progress:
         else:
             self._write(f"{text}\n")
 
+    def clear(self) -> None:
+        """Make room for a line of somebody else's."""
+        if self._changing:
+            self._write(_CLEAR)
+
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._changing:
-            self._write(_CLEAR)
+        self.clear()
 
     def _width(self) -> int:
         try:

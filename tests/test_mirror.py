@@ -208,6 +208,16 @@ def test_it_follows_live_and_a_killed_one_is_taken_up_again(source: Client, targ
             process.terminate()
 
 
+def test_pieces_hold_whole_revisions(source: Client, target: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "STEP_OPS", 4)
+    work = Mirror(source, target, "", "", lambda text: None, lambda text: None)
+    changed = [
+        {"event": "delete", "key": f"k{n}", "rev": rev} for n, rev in enumerate([5, 5, 5, 7, 7, 9, 9, 9, 9, 9, 12])
+    ]
+    pieces = [([op["key"] for op in ops], rev) for ops, rev in work._revisions(changed)]
+    assert pieces == [(["k0", "k1", "k2"], 5), (["k3", "k4"], 7), ([f"k{n}" for n in range(5, 10)], 9), (["k10"], 12)]
+
+
 def test_it_waits_for_a_cluster_that_is_away(pair: tuple[Cluster, Cluster], source: Client, target: Client) -> None:
     source.put("a", 1)
     argv = [sys.executable, "-m", "ddb", "--server", source.servers[0], "mirror", target.servers[0]]
