@@ -102,7 +102,9 @@ class Sync:
         self._background = background
         self._drop_log_below = drop_log_below
         self._policy = policy or Policy()
-        self.chronicle = Chronicle(replica.machine.applied, Retention(self._policy.retain_entries, self._policy.retain_bytes), store)
+        self.chronicle = Chronicle(
+            replica.machine.applied, Retention(self._policy.retain_entries, self._policy.retain_bytes), store
+        )
         replica.machine.on_changes = self.chronicle.take
         replica.look_up = self.chronicle.answer
         self._chunk_bytes = (bounds or Bounds()).snapshot_chunk_bytes
