@@ -79,6 +79,7 @@ class Settings:
     bounds: Bounds = Bounds()
     segment_bytes_max: int = SEGMENT_BYTES_MAX
     session_unused_s: float = SESSION_UNUSED_S
+    cache_bytes_max: int = 256 << 20
     repair: bool = False
 
 
@@ -147,7 +148,7 @@ class Node:
         )  # fmt: skip
         self._closing.append(journal.close)
         self.data.change(born=True)
-        store = _open_store(self.data.store_path, self.world.disk, settings.repair)
+        store = _open_store(self.data.store_path, self.world.disk, settings)
         self._closing.append(store.close)
         raft_log = _recovered_log(journal, store, settings.repair)
         config = store.meta.configuration or Configuration(self.data.identity.cluster or "", settings.election)
@@ -482,11 +483,11 @@ class Node:
             self._closing.pop()()
 
 
-def _open_store(path: Path, disk: Disk, repair: bool) -> Store:
+def _open_store(path: Path, disk: Disk, settings: Settings) -> Store:
     try:
-        return Store.open(path, disk=disk)
+        return Store.open(path, disk=disk, cache_bytes_max=settings.cache_bytes_max)
     except CorruptStore as error:
-        if not repair:
+        if not settings.repair:
             raise CorruptStore(
                 f"{error.message} Start the node once with --repair to fetch the data from the leader."
             ) from error
@@ -495,7 +496,7 @@ def _open_store(path: Path, disk: Disk, repair: bool) -> Store:
         disk.rename(path, damaged)
         for side in ("-wal", "-shm"):
             remove_if_there(disk, path.with_name(path.name + side))
-        return Store.open(path, disk=disk)
+        return Store.open(path, disk=disk, cache_bytes_max=settings.cache_bytes_max)
 
 
 def _recovered_log(journal: Log, store: Store, repair: bool) -> RaftLog:
@@ -603,6 +604,13 @@ def parse(argv: list[str] | None) -> Settings:
         metavar="BYTES",
         help="how much of history is kept at most, in memory as well as in the snapshot, 64 MiB by default",
     )
+    parser.setting(
+        "--cache",
+        type=whole(1, 1 << 20),
+        default=256,
+        metavar="MIB",
+        help="memory for values that are on disk as well, 256 MiB by default; the data may be larger",
+    )
     parser.add_argument(
         "--repair", action="store_true", help="give up what is damaged in log or snapshot; the leader has it"
     )
@@ -619,6 +627,7 @@ def parse(argv: list[str] | None) -> Settings:
         replace_after_s=found.replace_after,
         frame_bytes_max=found.max_frame,
         policy=Policy(entries=found.checkpoint_every, retain_entries=found.retain, retain_bytes=found.retain_bytes),
+        cache_bytes_max=found.cache << 20,
         repair=found.repair,
     )
 

@@ -128,6 +128,8 @@ BAD = [
     ("--max-frame", "DDB_MAX_FRAME", ["0", "1 MiB", "99999999999"]),
     ("--checkpoint-every", "DDB_CHECKPOINT_EVERY", ["0", "-1", "x"]),
     ("--retain", "DDB_RETAIN", ["-1", "x"]),
+    ("--retain-bytes", "DDB_RETAIN_BYTES", ["-1", "64 MiB"]),
+    ("--cache", "DDB_CACHE", ["0", "-1", "1g"]),
     ("--name", "DDB_NAME", ["two words", "", "x" * 65, "a\nb"]),
 ]
 
