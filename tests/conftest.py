@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests import proving
 from tests.harness import Cluster
 
 
@@ -21,6 +22,15 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 failed_key = pytest.StashKey[bool]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the proofs did, in their long form."""
+    for outcome in ("passed", "failed") if proving.LONG else ():
+        for report in terminalreporter.getreports(outcome):
+            if report.when == "call" and report.user_properties:
+                figures = ", ".join(f"{name} {figure}" for name, figure in report.user_properties)
+                terminalreporter.write_line(f"{outcome} {report.nodeid}: {figures}; {report.duration:.0f} s")
 
 
 @pytest.fixture

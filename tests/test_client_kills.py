@@ -20,10 +20,14 @@ import pytest
 
 import ddb
 from ddb import aio, errors
-from ddb.results import Event, Item
+from ddb.results import Event
 from tests.harness import Cluster, environment, wait
+from tests.proving import State, size
 
-INCREMENTS = 2_000
+INCREMENTS = size(2_000, 100_000)
+KILLS = size(3, 20)
+CLIENTS = size(4, 16)
+EVENTS = size(800, 10_000)
 
 
 @contextlib.contextmanager
@@ -49,7 +53,17 @@ def leaders_killed(cluster: Cluster, times: int, done: Callable[[], float]) -> I
     assert not failures, failures
 
 
-def test_every_acknowledged_incr_is_counted_once_through_leader_kills(cluster: Callable[..., Cluster]) -> None:
+def assert_counted(cluster: Cluster, acknowledged: list[int]) -> None:
+    """Each answer was another number, and together they are what the counter says."""
+    assert sorted(acknowledged) == list(range(1, INCREMENTS + 1))
+    with ddb.connect(cluster.addresses, timeout_s=30) as db:
+        assert db["n"] == len(acknowledged)
+
+
+@pytest.mark.proof
+def test_every_acknowledged_incr_is_counted_once_through_leader_kills(
+    cluster: Callable[..., Cluster], record_property: State
+) -> None:
     three = cluster(3)
     acknowledged: list[int] = []
 
@@ -58,16 +72,20 @@ def test_every_acknowledged_incr_is_counted_once_through_leader_kills(cluster: C
             for _ in range(share):
                 acknowledged.append(db.incr("n").value)
 
-    with leaders_killed(three, 3, lambda: len(acknowledged) / INCREMENTS), ThreadPoolExecutor(4) as pool:
-        list(pool.map(count, [INCREMENTS // 4] * 4))
-    assert sorted(acknowledged) == list(range(1, INCREMENTS + 1))
+    with leaders_killed(three, KILLS, lambda: len(acknowledged) / INCREMENTS), ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(count, [INCREMENTS // CLIENTS] * CLIENTS))
+    assert_counted(three, acknowledged)
+    record_property("acknowledged", len(acknowledged))
+    record_property("kills", KILLS)
 
 
+@pytest.mark.proof
 def test_every_acknowledged_incr_of_tasks_is_counted_once_through_leader_kills(
-    cluster: Callable[..., Cluster],
+    cluster: Callable[..., Cluster], record_property: State
 ) -> None:
     three = cluster(3)
     acknowledged: list[int] = []
+    tasks = 2 * CLIENTS
 
     async def count(db: aio.Client, share: int) -> None:
         for _ in range(share):
@@ -75,18 +93,23 @@ def test_every_acknowledged_incr_of_tasks_is_counted_once_through_leader_kills(
 
     async def work() -> None:
         async with aio.connect(three.addresses, timeout_s=30) as db, db.session():
-            await asyncio.gather(*(count(db, INCREMENTS // 8) for _ in range(8)))
+            await asyncio.gather(*(count(db, INCREMENTS // tasks) for _ in range(tasks)))
 
-    with leaders_killed(three, 3, lambda: len(acknowledged) / INCREMENTS):
+    with leaders_killed(three, KILLS, lambda: len(acknowledged) / INCREMENTS):
         asyncio.run(work())
-    assert sorted(acknowledged) == list(range(1, INCREMENTS + 1))
+    assert_counted(three, acknowledged)
+    record_property("acknowledged", len(acknowledged))
+    record_property("kills", KILLS)
 
 
-def test_a_pipeline_in_a_session_is_done_once_through_leader_kills(cluster: Callable[..., Cluster]) -> None:
+@pytest.mark.proof
+def test_a_pipeline_in_a_session_is_done_once_through_leader_kills(
+    cluster: Callable[..., Cluster], record_property: State
+) -> None:
     three = cluster(3)
     values: list[int] = []
     with (
-        leaders_killed(three, 3, lambda: len(values) / INCREMENTS),
+        leaders_killed(three, KILLS, lambda: len(values) / INCREMENTS),
         ddb.connect(three.addresses, timeout_s=30) as db,
         db.session(),
     ):
@@ -95,6 +118,9 @@ def test_a_pipeline_in_a_session_is_done_once_through_leader_kills(cluster: Call
                 calls = [pipe.incr("n") for _ in range(50)]
             values += [call.result.value for call in calls]
     assert values == list(range(1, INCREMENTS + 1))
+    assert_counted(three, values)
+    record_property("acknowledged", len(values))
+    record_property("kills", KILLS)
 
 
 def test_transactions_lose_no_money_while_leaders_are_killed(cluster: Callable[..., Cluster]) -> None:
@@ -130,10 +156,12 @@ def assert_each_once(events: list[Event], written: dict[int, tuple[str, Any]]) -
     assert [(event.key, event.value) for event in events] == [written[rev] for rev in sorted(written)]
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("position", [None, 1], ids=["any node", "one node"])
 def test_a_watch_tells_each_change_once_and_in_order_through_kills(
-    cluster: Callable[..., Cluster], position: int | None
+    cluster: Callable[..., Cluster], position: int | None, record_property: State
 ) -> None:
+    kills = size(4, 50)
     three = cluster(3)
     servers = three.addresses if position is None else three.nodes[position].address
     written: dict[int, tuple[str, Any]] = {}
@@ -145,8 +173,8 @@ def test_a_watch_tells_each_change_once_and_in_order_through_kills(
     ):
         thread = threading.Thread(target=lambda: events.extend(watch))
         thread.start()
-        with leaders_killed(three, 4, lambda: len(written) / 800), db.session():
-            for n in range(800):
+        with leaders_killed(three, kills, lambda: len(written) / EVENTS), db.session():
+            for n in range(EVENTS):
                 key = f"w/{n % 7}"
                 written[db.put(key, n).rev] = (key, n)
                 db.put("other", n)
@@ -155,6 +183,8 @@ def test_a_watch_tells_each_change_once_and_in_order_through_kills(
         thread.join(10)
         assert not thread.is_alive()
     assert_each_once(events, written)
+    record_property("events", len(events))
+    record_property("kills", kills)
 
 
 def test_a_watch_for_asyncio_tells_each_change_once_through_kills(cluster: Callable[..., Cluster]) -> None:
@@ -271,58 +301,6 @@ def test_one_at_a_time_holds_a_lock_and_tokens_grow_through_leader_kills(cluster
     with leaders_killed(three, 2, lambda: len(tokens) / 50), ThreadPoolExecutor(5) as pool:
         list(pool.map(contend, "abcde"))
     assert tokens == sorted(set(tokens)) and len(tokens) == 50
-
-
-CONTENDER = """
-import sys, ddb
-with ddb.connect(sys.argv[1], timeout_s=30) as db:
-    while True:
-        try:
-            with db.lock("resource", ttl_s=0.5) as lock:
-                for step in range(20):
-                    db.put("guarded", lock.token, if_=lock.guard)
-        except ddb.DdbError:
-            continue
-"""
-
-
-def test_no_stale_holder_writes_where_its_guard_is_checked_while_holders_and_leaders_are_frozen_and_killed(
-    cluster: Callable[..., Cluster],
-) -> None:
-    three = cluster(3)
-    rng = random.Random(5)
-    with contextlib.ExitStack() as stack:
-        db = stack.enter_context(ddb.connect(three.addresses, timeout_s=30))
-        contenders = [stack.enter_context(program(CONTENDER, three.addresses)) for _ in range(5)]
-        before = 0
-        for harm in range(8):
-            wait(lambda above=before: (db.get("guarded") or _NOTHING).version > above + 20, 60, "somebody goes on")
-            before = (db.get("guarded") or _NOTHING).version
-            victim = rng.choice(contenders)
-            if harm % 4 == 3:
-                leader = three.leader()
-                leader.kill()
-                leader.start()
-            elif harm % 4 == 2:
-                victim.kill()
-                contenders[contenders.index(victim)] = stack.enter_context(program(CONTENDER, three.addresses))
-            else:
-                victim.send_signal(signal.SIGSTOP)
-                stack.callback(victim.send_signal, signal.SIGCONT)
-                wait(lambda above=before: (db.get("guarded") or _NOTHING).version > above + 20, 60, "others go on")
-                victim.send_signal(signal.SIGCONT)
-        for contender in contenders:
-            contender.kill()
-        tokens: list[int] = []
-        page = db.history(key="guarded", limit=1000)
-        while page.changes:
-            tokens += [change.value for change in page]
-            page = db.history(key="guarded", limit=1000, from_rev=page.changes[-1].rev + 1)
-    assert tokens == sorted(tokens), "never an older token after a newer one"
-    assert len(set(tokens)) >= 4, "the lock changed hands"
-
-
-_NOTHING = Item("", None, 0, 0, 0)
 
 
 def test_an_election_passes_on_when_its_leader_is_killed(cluster: Callable[..., Cluster]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from tests.alone import memory_bytes, node_alone, wait_leading
 from tests.harness import Cluster, NodeServer, ask, wait
 from tests.onlooker import Onlooker
+from tests.proving import State, size
 from tests.talk import Talk, frame, http, line
 
 Clusters = Callable[..., Cluster]
@@ -400,11 +401,13 @@ def whole_history(node: NodeServer, **what: str) -> list[dict[str, Any]]:
         first = found[-1]["rev"] + 1
 
 
-@pytest.mark.parametrize("rounds", [8])
+@pytest.mark.proof
 def test_watchers_on_every_node_see_each_change_once_in_order_through_kills_and_restarts(
-    cluster: Clusters, rounds: int
+    cluster: Clusters, record_property: State
 ) -> None:
-    three = cluster(3, retain=100_000, checkpoint_every=300)
+    """Every second round kills the leader; of the others, one kills a follower, and one has a follower leave by itself."""
+    rounds = size(8, 100)
+    three = cluster(3, retain=size(100_000, 5_000_000), retain_bytes=4 << 30, checkpoint_every=300)
     n1, n2, n3 = three.nodes
     onlookers = [
         Onlooker([n1, n2, n3], prefix="", since=1),
@@ -415,9 +418,12 @@ def test_watchers_on_every_node_see_each_change_once_in_order_through_kills_and_
     with onlookers[0], onlookers[1], onlookers[2], onlookers[3], Writers(three.nodes) as writers:
         for number in range(rounds):
             leader = three.wait_ready()
-            victim = leader if number % 2 == 0 else three.followers()[0]
+            victim = leader if number % 2 == 0 else three.followers()[number // 4 % 2]
             before = len(writers.acknowledged)
-            victim.kill()
+            if number % 4 == 3:
+                victim.term()
+            else:
+                victim.kill()
             wait(lambda b=before: len(writers.acknowledged) > b + 20, 20, "writes go on")
             victim.start()
         three.wait_ready()
@@ -430,6 +436,12 @@ def test_watchers_on_every_node_see_each_change_once_in_order_through_kills_and_
     told = {(change["rev"], change["key"], change["value"]) for change in truth if change["event"] == "put"}
     assert told.issuperset(writers.acknowledged) and len(writers.acknowledged) > 100
     assert sum(onlooker.resumed for onlooker in onlookers) > 0
+    record_property("kills of the leader", rounds // 2)
+    record_property("restarts of followers", rounds // 2)
+    record_property("writes acknowledged", len(writers.acknowledged))
+    record_property("changes", len(truth))
+    record_property("events told to the four watchers", [len(onlooker.events) for onlooker in onlookers])
+    record_property("resumed", [onlooker.resumed for onlooker in onlookers])
 
 
 def test_a_watcher_goes_on_behind_a_snapshot_that_its_node_was_sent(cluster: Clusters) -> None:
