@@ -20,8 +20,11 @@ from ddb import dump, exporter, importer
 from ddb.client import Client, connect
 from ddb.errors import BadRequest, Compacted, SessionExpired
 from tests.harness import Cluster, environment, wait
+from tests.proving import State, size
 
-LINES = 20_000
+KEYS = size(15_000, 1_000_000)
+LINES = KEYS * 4 // 3  # some keys come twice
+PATIENCE_S = size(60, 1200)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def emptied(cluster: Cluster) -> Iterator[Client]:
 
 def ddb(client: Client, *argv: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "ddb", "--server", client.servers[0], *argv]
-    return subprocess.run(command, capture_output=True, env=environment(), timeout=60, input=stdin)
+    return subprocess.run(command, capture_output=True, env=environment(), timeout=PATIENCE_S, input=stdin)
 
 
 def rows(client: Client) -> dict[str, Any]:
@@ -92,23 +95,111 @@ def test_it_goes_through_a_pipe(source: Client, target: Client) -> None:
     assert rows(target) == {"old/user/1": "Ann"}
 
 
-def test_an_import_that_was_killed_goes_on_where_it_was(target: Client, tmp_path: Path) -> None:
+def write_lines(file: Path, lines: int, keys: int) -> dict[str, int]:
+    """Put so many lines about so many keys into `file`. Returns what they come to."""
+    with file.open("wb") as out:
+        out.writelines(dump.put(f"k{n % keys:07}", n) for n in range(lines))
+    return {f"k{n % keys:07}": n for n in range(lines)}
+
+
+def lines_done(note: Path) -> int:
+    """How far an import got. Raises OSError where it has kept nothing yet."""
+    return int(json.loads(note.read_bytes())["lines"])
+
+
+@pytest.mark.proof
+def test_an_import_that_was_killed_goes_on_where_it_was(target: Client, tmp_path: Path, record_property: State) -> None:
     file, note = tmp_path / "in", tmp_path / "in.import"
-    file.write_bytes(b"".join(dump.put(f"k{n % 15_000:05}", n) for n in range(LINES)))
+    wanted = write_lines(file, LINES, KEYS)
     argv = [sys.executable, "-m", "ddb", "--server", target.servers[0], "import", str(file)]
     with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
-        wait(note.exists, what="it has begun")
+        wait(lambda: lines_done(note) >= size(1, LINES // 2), PATIENCE_S, "it is half-way")
         process.kill()
-    kept = json.loads(note.read_bytes())
-    lines, session = kept["lines"], kept["session"]
+    lines, session = lines_done(note), json.loads(note.read_bytes())["session"]
     assert 0 < lines < LINES
     ran = ddb(target, "import", str(file))
     assert ran.returncode == 0
     assert f"Going on behind line {lines:,}".encode() in ran.stderr
-    assert rows(target) == {f"k{n % 15_000:05}": n for n in range(LINES)}
+    assert rows(target) == wanted
     assert not note.exists()
     with pytest.raises(SessionExpired):  # what it had sent, and may turn up late, is refused
-        target.call({"op": "put", "key": "k00000", "value": "late", "client": session, "seq": 10**6})
+        target.call({"op": "put", "key": "k0000000", "value": "late", "client": session, "seq": 10**6})
+    record_property("lines", LINES)
+    record_property("keys", len(wanted))
+    record_property("killed behind line", lines)
+    record_property("then", ran.stderr.decode().splitlines()[-1])
+
+
+@pytest.mark.proof
+def test_a_pipe_whose_two_ends_were_killed_half_way_leaves_an_identical_digest_when_it_is_gone_on_with(
+    source: Client, target: Client, tmp_path: Path, record_property: State
+) -> None:
+    file, note = tmp_path / "in", tmp_path / "note"
+    write_lines(file, KEYS, KEYS)
+    assert ddb(source, "import", str(file)).returncode == 0
+    with Piped(source, target, note):
+        wait(lambda: lines_done(note) >= size(1, KEYS // 2), PATIENCE_S, "it is half-way")
+    lines = lines_done(note)
+    assert 0 < lines < KEYS
+    with Piped(source, target, note) as piped:
+        said = piped.finish()
+    assert f"Going on behind line {lines:,}" in said
+    first, killed_at = export_killed(source, tmp_path / "first")
+    second = tmp_path / "second"
+    assert ddb(target, "export", str(second)).returncode == 0
+    assert last_line(first)["keys"] == last_line(second)["keys"] == KEYS
+    assert last_line(first)["sha256"] == last_line(second)["sha256"]
+    record_property("keys", KEYS)
+    record_property("pipe killed behind line", lines)
+    record_property("then", said.splitlines()[-1])
+    record_property("export killed behind bytes", killed_at)
+    record_property("sha256 of both", last_line(first)["sha256"])
+
+
+class Piped:
+    """`ddb export - | ddb import - --state NOTE`, from one database to another; killed in the end."""
+
+    def __init__(self, source: Client, target: Client, note: Path) -> None:
+        command = [sys.executable, "-m", "ddb", "--server"]
+        self._out = subprocess.Popen(
+            [*command, source.servers[0], "export", "-", "-q"], env=environment(), stdout=subprocess.PIPE
+        )
+        self._in = subprocess.Popen(
+            [*command, target.servers[0], "import", "-", "--state", str(note)],
+            env=environment(), stdin=self._out.stdout, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self._out.stdout is not None
+        self._out.stdout.close()  # theirs alone
+
+    def finish(self) -> str:
+        """Wait until all is through. Returns what the import said."""
+        _, said = self._in.communicate(timeout=PATIENCE_S)
+        assert (self._out.wait(), self._in.returncode) == (0, 0), said
+        return said
+
+    def __enter__(self) -> Piped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in (self._in, self._out):
+            process.kill()
+            process.wait()
+        assert self._in.stderr is not None
+        self._in.stderr.close()
+
+
+def export_killed(client: Client, file: Path) -> tuple[Path, int]:
+    """An export to `file` that was killed half-way and gone on with. Returns `file`, and how many bytes it had when it was
+    killed."""
+    part = file.with_name(f"{file.name}.part")
+    argv = [sys.executable, "-m", "ddb", "--server", client.servers[0], "export", str(file)]
+    with subprocess.Popen(argv, env=environment(), stderr=subprocess.DEVNULL) as process:
+        wait(lambda: part.stat().st_size > KEYS * 15, PATIENCE_S, "it is half-way")  # a line has some 30 bytes
+        process.kill()
+    size_bytes = part.stat().st_size
+    ran = ddb(client, "export", str(file))
+    assert ran.returncode == 0 and b"Going on" in ran.stderr
+    return file, size_bytes
 
 
 def test_ctrl_c_ends_an_import_whose_cluster_is_away(tmp_path: Path) -> None:
@@ -292,9 +383,8 @@ def test_a_line_tells_a_value_or_a_deletion() -> None:
 
 
 def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path) -> None:
-    lines = {f"k{n % 15_000:05}": n for n in range(LINES)}
     file, note = tmp_path / "in", tmp_path / "in.import"
-    file.write_bytes(b"".join(dump.put(f"k{n % 15_000:05}", n) for n in range(LINES)))
+    lines = write_lines(file, 20_000, 15_000)
     with Cluster(tmp_path, 3) as cluster, connect(cluster.addresses) as client:
         leader = cluster.leader()
         argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "import", str(file)]

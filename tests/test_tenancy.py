@@ -12,10 +12,12 @@ import pytest
 
 from tests.alone import node_alone
 from tests.harness import Cluster, NodeServer, wait
+from tests.proving import State, times
 from tests.talk import Talk, frame
 
 Clusters = Callable[..., Cluster]
 TTL_S = 1.5
+REPEATED = times(20)
 SLACK_S = 1.0  # after its ttl, a lease must be gone within this
 
 
@@ -150,11 +152,15 @@ def test_a_node_that_was_sent_a_snapshot_knows_the_sessions_and_leases_in_it(clu
 # ------------------------------------------------------------------ leases
 
 
-@pytest.mark.parametrize("dialect_node", ["leader", "follower"])
-def test_a_lease_ends_within_a_second_of_its_ttl_and_never_before(cluster: Clusters, dialect_node: str) -> None:
+@pytest.mark.proof
+@pytest.mark.parametrize("repetition", REPEATED)
+@pytest.mark.parametrize("asked_node", ["leader", "follower"])
+def test_a_lease_ends_within_a_second_of_its_ttl_and_never_before(
+    cluster: Clusters, asked_node: str, repetition: int, record_property: State
+) -> None:
     three = cluster(3)
     leader = three.wait_ready()
-    at = leader if dialect_node == "leader" else three.followers()[0]
+    at = leader if asked_node == "leader" else three.followers()[0]
     lease = insist([at], op="lease_grant", ttl=TTL_S)["lease"]
     insist([at], op="put", key="k", value=1, lease=lease)
     for _ in range(3):
@@ -166,12 +172,17 @@ def test_a_lease_ends_within_a_second_of_its_ttl_and_never_before(cluster: Clust
     insist([at], op="lease_keepalive", lease=lease)
     answered = time.monotonic()
     gone_s = gone_after(at, "k", asked)
+    record_property("seconds from the last keep-alive to the end", round(gone_s, 3))
     assert TTL_S <= gone_s <= TTL_S + SLACK_S + (answered - asked)
     reply = insist([at], op="lease_keepalive", lease=lease)
     assert (reply["error"], reply["lease"]) == ("bad_request", lease)
 
 
-def test_a_lease_lives_through_the_leader_s_death_and_then_for_its_ttl(cluster: Clusters) -> None:
+@pytest.mark.proof
+@pytest.mark.parametrize("repetition", REPEATED)
+def test_a_lease_lives_through_the_leader_s_death_and_then_for_its_ttl(
+    cluster: Clusters, repetition: int, record_property: State
+) -> None:
     three = cluster(3)
     leader = three.wait_ready()
     lease = insist([leader], op="lease_grant", ttl=TTL_S)["lease"]
@@ -182,11 +193,17 @@ def test_a_lease_lives_through_the_leader_s_death_and_then_for_its_ttl(cluster: 
     three.wait(lambda: three.leader() is not leader)
     led = time.monotonic()
     gone_s = gone_after(three.running[0], "k", asked)
+    record_property("seconds from the last keep-alive to the end", round(gone_s, 3))
+    record_property("from the new leader to it", round(gone_s - (led - asked), 3))
     assert gone_s >= TTL_S
     assert gone_s <= led - asked + TTL_S + SLACK_S
 
 
-def test_a_leader_that_was_frozen_ends_no_lease_that_was_kept_alive_meanwhile(cluster: Clusters) -> None:
+@pytest.mark.proof
+@pytest.mark.parametrize("repetition", REPEATED)
+def test_a_leader_that_was_frozen_ends_no_lease_that_was_kept_alive_meanwhile(
+    cluster: Clusters, repetition: int, record_property: State
+) -> None:
     """It wakes up with every deadline long passed. What it proposes then, no majority follows."""
     three = cluster(3)
     leader = three.wait_ready()
@@ -207,11 +224,15 @@ def test_a_leader_that_was_frozen_ends_no_lease_that_was_kept_alive_meanwhile(cl
         assert insist(others, op="lease_keepalive", lease=lease)["ok"]
         assert insist(others, op="get", key="k")["found"]
         wait(lambda due=kept + TTL_S / 3: time.monotonic() >= due)
-    assert TTL_S <= gone_after(others[0], "k", kept) <= TTL_S + SLACK_S
+    gone_s = gone_after(others[0], "k", kept)
+    record_property("seconds from the last keep-alive to the end", round(gone_s, 3))
+    assert TTL_S <= gone_s <= TTL_S + SLACK_S
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("repetition", REPEATED)
 def test_a_short_pause_of_the_only_leader_ends_no_lease_whose_keepalive_waits_in_its_socket(
-    tmp_path: Path,
+    tmp_path: Path, repetition: int
 ) -> None:
     with node_alone(tmp_path) as node:
         lease = node.ask(op="lease_grant", ttl=0.5)["lease"]
