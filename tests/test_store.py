@@ -666,17 +666,29 @@ def test_no_flipped_bit_is_served_by_a_store_that_was_verified(
     assert refused > 200  # the rest hit free space
 
 
-def test_no_damaged_row_is_prefetched(path: Path, healthy: tuple[bytes, dict[str, Row]]) -> None:
-    data, rows = healthy
-    row = max(rows.values(), key=lambda row: len(row[0]))
-    position = data.index(row[0]) + len(row[0]) // 2
-    remove_files(path)
-    path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
-    with (
-        Store.open(path, verified_at_open_bytes_max=0) as target,
-        pytest.raises(CorruptStore),
-    ):
-        target.prefetch(rows.keys())
+def test_no_damaged_row_is_prefetched(path: Path) -> None:
+    with Store.open(path) as target:
+        rows = fill(target, 10)
+        checkpoint(target, 5)
+    tamper(path, "UPDATE kv SET value = '\"other\"' WHERE key = 'key00007'")
+    with Store.open(path, verified_at_open_bytes_max=0) as target:
+        target.prefetch(["key00001", "key00002"])
+        with pytest.raises(CorruptStore, match="key00007"):
+            target.prefetch(rows)
+
+
+def test_what_has_changed_is_not_prefetched_from_the_file(path: Path) -> None:
+    with Store.open(path) as target:
+        before = fill(target, 10)
+        checkpoint(target, 5)
+    with Store.open(path) as target:
+        after = fill(target, 5, rev=6)
+        begun = target.begin_checkpoint(10, 1, None)
+        target.prefetch([*before, "none"])
+        begun.write()
+        target.finish_checkpoint(begun)
+        assert {key: target.row(key) for key in before} == {**before, **after}
+        assert target.row("none") is None
 
 
 def test_a_damaged_schema_is_refused_also_where_sqlite_quotes_what_is_no_utf_8(

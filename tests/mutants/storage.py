@@ -146,7 +146,7 @@ STORAGE: list[Mutant] = [
         "a crash in between leaves neither",
         "ddb.sync:Sync.checkpoint",
         "self._write_checkpoint()",
-        "self._write_checkpoint()\n    self._raft.compact(applied)\n    self._background(lambda: self._drop_log_below(applied), self._dropped)",
+        "self._raft.compact(applied)\n    self._drop_log_below(self._raft.log.base_index)\n    self._write_checkpoint()",
     ),
     mutant(
         "snapshot not fsynced before the log is cut",
@@ -190,7 +190,23 @@ STORAGE: list[Mutant] = [
         "ddb.snapshot:sound",
         "return bool(checksum(key, *row[:4]) == row[4])",
         "return True",
+        claim="test_store.py::test_no_damaged_row_is_prefetched",
+    ),
+    mutant(
+        "rows are verified without their checksums",
+        "a flipped bit in the snapshot is found to be right",
+        "ddb.snapshot:_verified_rows",
+        "sound = all(map(eq, map(crc32, said), crcs)) and last < keys[0]",
+        "sound = last < keys[0]",
         claim="test_store.py::test_a_changed_file_is_refused",
+    ),
+    mutant(
+        "a prefetched row's checksum is not compared",
+        "a flipped bit in the snapshot is served after a start",
+        "ddb.store:Store.prefetch",
+        "self._sound(key, tuple(fields))",
+        "tuple(fields)",
+        claim="test_store.py::test_no_damaged_row_is_prefetched",
     ),
     mutant(
         "reads look past the checkpoint under way",
