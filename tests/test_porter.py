@@ -382,16 +382,17 @@ def test_a_line_tells_a_value_or_a_deletion() -> None:
         dump.read(b'{"key":"k","deleted":false}')
 
 
-def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path) -> None:
+@pytest.mark.proof
+def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path, record_property: State) -> None:
     file, note = tmp_path / "in", tmp_path / "in.import"
-    lines = write_lines(file, 20_000, 15_000)
+    lines = write_lines(file, LINES, KEYS)
     with Cluster(tmp_path, 3) as cluster, connect(cluster.addresses) as client:
         leader = cluster.leader()
         argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "import", str(file)]
         with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
-            wait(note.exists, what="it has begun")
+            wait(lambda: lines_done(note) >= size(1, LINES // 2), PATIENCE_S, "it is half-way")
             leader.kill()
-            _, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, err
         assert rows(client) == lines
         argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "export", str(tmp_path / "out")]
@@ -399,9 +400,11 @@ def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path) -> None:
         with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
             wait((tmp_path / "out.part").exists, what="it has begun")
             cluster.leader().kill()
-            _, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+            _, out = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 0, out
         assert last_line(tmp_path / "out")["keys"] == len(lines)
+    record_property("import", err.decode().splitlines()[-1])
+    record_property("export", out.decode().splitlines()[-1])
 
 
 class Pending:
