@@ -149,7 +149,18 @@ PAYLOADS = [
     b'{"op":"transfer","to":"nobody"}',
     b'{"op":"log","from":"the start"}',
     b'{"op":"peer"}',
-    b'{"op":"watch","key":"k"}',
+    b'{"op":"watch","key":7}',
+    b'{"op":"watch","key":"k","prefix":"p"}',
+    b'{"op":"watch","key":"k","from":-1}',
+    b'{"op":"history","limit":0}',
+    b'{"op":"get","key":"k","rev":"one"}',
+    b'{"op":"lease_grant"}',
+    b'{"op":"lease_grant","ttl":-1}',
+    b'{"op":"lease_revoke","lease":"l"}',
+    b'{"op":"put","key":"k","value":1,"lease":"l"}',
+    b'{"op":"put","key":"k","value":1,"client":1}',
+    b'{"op":"session_close"}',
+    b'{"op":"backup"}',
 ]
 
 
