@@ -398,7 +398,8 @@ def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path, record_prope
         argv = [sys.executable, "-m", "ddb", "--server", cluster.addresses, "export", str(tmp_path / "out")]
         leader.start()
         with subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE) as process:
-            wait((tmp_path / "out.part").exists, what="it has begun")
+            part = tmp_path / "out.part"
+            wait(lambda: part.stat().st_size > size(0, KEYS * 15), PATIENCE_S, "it is half-way")
             cluster.leader().kill()
             _, out = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, out
