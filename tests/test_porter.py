@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import signal
@@ -102,6 +103,11 @@ def write_lines(file: Path, lines: int, keys: int) -> dict[str, int]:
     return {f"k{n % keys:07}": n for n in range(lines)}
 
 
+def digest(wanted: dict[str, int]) -> str:
+    """The sum that an export of this must have: that of its lines, in the order of the keys (dump.py)."""
+    return hashlib.sha256(b"".join(dump.put(key, wanted[key]) for key in sorted(wanted))).hexdigest()
+
+
 def lines_done(note: Path) -> int:
     """How far an import got. Raises OSError where it has kept nothing yet."""
     return int(json.loads(note.read_bytes())["lines"])
@@ -135,22 +141,22 @@ def test_a_pipe_whose_two_ends_were_killed_half_way_leaves_an_identical_digest_w
     source: Client, target: Client, tmp_path: Path, record_property: State
 ) -> None:
     file, note = tmp_path / "in", tmp_path / "note"
-    write_lines(file, KEYS, KEYS)
+    lines = write_lines(file, KEYS, KEYS)
     assert ddb(source, "import", str(file)).returncode == 0
     with Piped(source, target, note):
         wait(lambda: lines_done(note) >= size(1, KEYS // 2), PATIENCE_S, "it is half-way")
-    lines = lines_done(note)
-    assert 0 < lines < KEYS
+    behind = lines_done(note)
+    assert 0 < behind < KEYS
     with Piped(source, target, note) as piped:
         said = piped.finish()
-    assert f"Going on behind line {lines:,}" in said
+    assert f"Going on behind line {behind:,}" in said
     first, killed_at = export_killed(source, tmp_path / "first")
     second = tmp_path / "second"
     assert ddb(target, "export", str(second)).returncode == 0
     assert last_line(first)["keys"] == last_line(second)["keys"] == KEYS
-    assert last_line(first)["sha256"] == last_line(second)["sha256"]
+    assert last_line(first)["sha256"] == last_line(second)["sha256"] == digest(lines)
     record_property("keys", KEYS)
-    record_property("pipe killed behind line", lines)
+    record_property("pipe killed behind line", behind)
     record_property("then", said.splitlines()[-1])
     record_property("export killed behind bytes", killed_at)
     record_property("sha256 of both", last_line(first)["sha256"])
@@ -404,6 +410,7 @@ def test_an_import_and_an_export_outlive_the_leader(tmp_path: Path, record_prope
             _, out = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 0, out
         assert last_line(tmp_path / "out")["keys"] == len(lines)
+        assert last_line(tmp_path / "out")["sha256"] == digest(lines)
     record_property("import", err.decode().splitlines()[-1])
     record_property("export", out.decode().splitlines()[-1])
 
