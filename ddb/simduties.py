@@ -217,7 +217,7 @@ class Duties:
     def _sending(self, seen: _Seen, m: Message) -> None:
         kind, raft = type(m), seen.node.replica.raft
         if kind is AppendReply:
-            if m.ok and m.match and m.term == raft.term:  # type: ignore[union-attr]
+            if m.ok and m.match:  # type: ignore[union-attr]
                 self._acknowledging(seen, m)  # type: ignore[arg-type]
         elif kind is ElectionRequest:
             if m.ask != seen.ask:  # type: ignore[union-attr]
@@ -252,9 +252,12 @@ class Duties:
 
     def _acknowledging(self, seen: _Seen, m: AppendReply) -> None:
         raft = seen.node.replica.raft
-        seen.acked = max(seen.acked, m.match)
         if not m.doubt:
+            # Also what waited for the disk while the term went by. Whoever was voted for since has these entries too.
             self._sure[raft.id, m.term] = max(self._sure.get((raft.id, m.term), 0), m.match)
+        if m.term != raft.term:
+            return
+        seen.acked = max(seen.acked, m.match)
         if m.match > seen.named:
             self._fail(NAMED, seen, f"{m!r}, and the leader has named {seen.named}")
         term = raft.log.term_at(m.match)
