@@ -101,6 +101,7 @@ class Connection:
         self._stream = -1
         self._owed = b""  # acknowledgements, to go with the next request
         self._heard: set[int] = set()  # streams whose message has come
+        self._open: set[int] = set()  # streams that are not decided
         self.fill_keys_max = min(dialect.fill_keys(plan), FRAME_BYTES_MAX // (plan.value_bytes + KEY_AND_HEADS_BYTES))
         if self.fill_keys_max < 1:
             raise ValueError(f"etcd is measured with values of less than {FRAME_BYTES_MAX} bytes: one HTTP/2 frame")
@@ -124,6 +125,7 @@ class Connection:
 
     def _call(self, call: Call, number: int) -> bytes:
         self._stream += 2
+        self._open.add(self._stream)
         request = call.request(self._stream, number)
         if self._owed:
             request, self._owed = self._owed + request, b""
@@ -144,6 +146,7 @@ class Connection:
             elif kind == HEADERS and flags & END_STREAM:
                 found.append("" if stream in heard else "grpc_error")
                 heard.discard(stream)
+                self._open.discard(stream)
             elif kind not in (HEADERS, WINDOW_UPDATE):
                 found.extend(self._control(kind, flags, stream, data[start + 9 : end]))
             start = end
@@ -155,6 +158,9 @@ class Connection:
             raise ConnectionError("the server says goodbye")
         if kind == RST_STREAM:
             self._heard.discard(stream)
+            if stream not in self._open:
+                return []  # a server may reset a stream that it has answered, when it did so before it saw its end
+            self._open.discard(stream)
             return ["stream_reset"]
         if kind == PING and not flags & ACK:
             self._owed += frame(PING, ACK, 0, payload)

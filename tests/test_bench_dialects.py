@@ -152,9 +152,17 @@ def test_a_ping_is_acknowledged_with_the_next_request() -> None:
 
 def test_a_reset_stream_is_a_failure_and_goaway_ends_the_connection() -> None:
     connection = etcd()
+    connection.put(1)
     assert connection.outcomes(grpc.frame(grpc.RST_STREAM, 0, 1, b"\0\0\0\1")) == (["stream_reset"], b"")
     with pytest.raises(ConnectionError):
         connection.outcomes(grpc.frame(grpc.GOAWAY, 0, 0, b"\0" * 8))
+
+
+def test_a_stream_that_is_reset_after_its_answer_was_answered_once() -> None:
+    connection = etcd()
+    connection.put(1)
+    answer = grpc.frame(grpc.DATA, 0, 1, b"\0" * 5) + grpc.frame(grpc.HEADERS, grpc.END_STREAM, 1, b"")
+    assert connection.outcomes(answer + grpc.frame(grpc.RST_STREAM, 0, 1, b"\0" * 4)) == ([""], b"")
 
 
 # --- ZooKeeper
