@@ -35,6 +35,7 @@ from ddb.aiorecipes import Barrier, Counter, DoubleBarrier, Election, Lock, Queu
 from ddb.aiowatching import Watch
 from ddb.calls import Knowledge, Outcome, State
 from ddb.client import TIMEOUT_S, addresses_of
+from ddb.driving import drive_awaiting
 from ddb.errors import BadRequest, DdbError
 from ddb.keeping import current, is_numbered
 from ddb.leases import now
@@ -393,20 +394,7 @@ class Client(Operations):
         >>> await db.run(plans.ask(questions.count()))
         0
         """
-        try:
-            wish = next(plan)
-            while True:
-                try:
-                    answer = await self._perform(wish)
-                except DdbError as error:
-                    wish = plan.throw(error)
-                else:
-                    wish = plan.send(answer)
-        except StopIteration as end:
-            done: T = end.value
-            return done
-        finally:
-            plan.close()
+        return await drive_awaiting(plan, self._perform, DdbError)
 
     async def _perform(self, wish: Wish) -> Any:
         match wish:

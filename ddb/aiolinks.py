@@ -18,15 +18,14 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from ddb import calls, wire
 from ddb.calls import CONNECT_TIMEOUT_S, Effect, Exchange, Failed, Keep, Knowledge, Outcome, Sleep, Volley
+from ddb.driving import drive_awaiting
 from ddb.errors import BadRequest
 from ddb.links import REPLY_BYTES_MAX, ready, reason_of
-
-T = TypeVar("T")
 
 LINKS_MAX: Final = 8  # to one server
 
@@ -150,11 +149,13 @@ class Caller:
     async def call(self, request: Mapping[str, Any], at: str | None, timeout_s: float) -> dict[str, Any]:
         """Send `request` to the leader where that is known, or to the address `at` and nowhere else, and go on until
         it is served or `timeout_s` is over. Returns the reply. Raises a DdbError."""
-        return await self._drive(calls.call(self.known, request, at, timeout_s, time.monotonic, self._rng))
+        steps = calls.call(self.known, request, at, timeout_s, time.monotonic, self._rng)
+        return await drive_awaiting(steps, self._perform, Failed)
 
     async def volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
         """Send all `requests` at once; returns for each what came of it."""
-        return await self._drive(calls.volley(self.known, requests, timeout_s, time.monotonic, self._rng))
+        steps = calls.volley(self.known, requests, timeout_s, time.monotonic, self._rng)
+        return await drive_awaiting(steps, self._perform, Failed)
 
     def close(self) -> None:
         """Close every connection, whoever waits on it. May be called twice."""
@@ -166,23 +167,6 @@ class Caller:
             for link in links:
                 link.close()
         self.links.clear()
-
-    async def _drive(self, steps: Generator[Any, Any, T]) -> T:
-        """Do what a call wants done until it has its reply."""
-        try:
-            effect = next(steps)
-            while True:
-                try:
-                    answer = await self._perform(effect)
-                except Failed as failure:
-                    effect = steps.throw(failure)
-                else:
-                    effect = steps.send(answer)
-        except StopIteration as end:
-            done: T = end.value
-            return done
-        finally:
-            steps.close()
 
     async def _perform(self, effect: Effect | Volley) -> Any:
         if self.closed:

@@ -18,16 +18,16 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from ddb import calls
 from ddb.calls import Effect, Exchange, Failed, Keep, Knowledge, Outcome, Sleep, State, Volley
+from ddb.driving import drive
 from ddb.errors import BadRequest, DdbError
 from ddb.links import Link, reason_of
 from ddb.watching import Watch
 
-T = TypeVar("T")
 _log = logging.getLogger("ddb.client")
 
 
@@ -43,11 +43,13 @@ class Caller:
     def call(self, request: Mapping[str, Any], at: str | None, timeout_s: float) -> dict[str, Any]:
         """Send `request` to the leader where that is known, or to the address `at` and nowhere else, and go on until
         it is served or `timeout_s` is over. Returns the reply. Raises a DdbError."""
-        return self._drive(calls.call(self.known, request, at, timeout_s, time.monotonic, self._rng))
+        steps = calls.call(self.known, request, at, timeout_s, time.monotonic, self._rng)
+        return drive(steps, self._perform, Failed)
 
     def volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
         """Send all `requests` at once; returns for each what came of it."""
-        return self._drive(calls.volley(self.known, requests, timeout_s, time.monotonic, self._rng))
+        steps = calls.volley(self.known, requests, timeout_s, time.monotonic, self._rng)
+        return drive(steps, self._perform, Failed)
 
     def close(self) -> None:
         """Close every connection. May be called twice."""
@@ -76,23 +78,6 @@ class Caller:
         link = self.links.pop(address, None)
         if link is not None:
             link.close()
-
-    def _drive(self, steps: Generator[Any, Any, T]) -> T:
-        """Do what a call wants done until it has its reply."""
-        try:
-            effect = next(steps)
-            while True:
-                try:
-                    answer = self._perform(effect)
-                except Failed as failure:
-                    effect = steps.throw(failure)
-                else:
-                    effect = steps.send(answer)
-        except StopIteration as end:
-            done: T = end.value
-            return done
-        finally:
-            steps.close()
 
     def _perform(self, effect: Effect | Volley) -> Any:
         if self._aborted.is_set():

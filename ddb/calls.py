@@ -22,25 +22,14 @@ been the one that was done, then that is what is told, whatever the later ones w
 
 Nothing here touches a socket, a clock or a source of chance. A call is a generator: it yields what it wants done in the
 world (an `Effect`), and is sent what came of it. So the same decisions are driven by blocking sockets (caller.py), by
-an event loop, by a simulated network or by a test's list of answers. A driver is a loop, and `Exchange`, `Sleep`, `Keep`
-say what it owes to each:
+an event loop, by a simulated network or by a test's list of answers. A driver is a loop (driving.py), and `Exchange`, `Sleep`,
+`Keep` say what it owes to each:
 
     steps = call(knowledge, {"op": "get", "key": "city"}, None, 5.0, time.monotonic, random.Random())
-    effect = next(steps)
-    try:
-        while True:
-            try:
-                answer = perform(effect)  # a reply's payload after an Exchange, None after the others
-            except Failed as failure:
-                effect = steps.throw(failure)
-            else:
-                effect = steps.send(answer)
-    except StopIteration as end:
-        return end.value  # the reply; a DdbError comes out by itself
-    finally:
-        steps.close()  # where something else did: an interrupt, a cancelled task
+    reply = drive(steps, perform, Failed)  # what `perform` returns is a reply's payload after an Exchange, None after the others
 
-A driver that gives a call up closes the generator, at whichever step it stands.
+The reply is the generator's value, and a DdbError comes out by itself. A driver that gives a call up (an interrupt, a cancelled
+task) closes the generator, at whichever step it stands.
 """
 
 from __future__ import annotations

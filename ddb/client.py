@@ -28,10 +28,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from ddb import keeping, plans, questions, wire
+from ddb import keeping, questions, wire
 from ddb.attempts import Attempt, Attempts
 from ddb.caller import Callers
 from ddb.calls import Outcome, State
+from ddb.driving import drive
 from ddb.errors import BadRequest, DdbError
 from ddb.keeping import current, is_numbered
 from ddb.leases import Lease, Numbers, Session, now
@@ -364,7 +365,7 @@ class Client(Operations):
         >>> db.run(plans.ask(questions.count()))
         0
         """
-        return plans.drive(plan, self._perform)
+        return drive(plan, self._perform, DdbError)
 
     def _perform(self, wish: Wish) -> Any:
         match wish:

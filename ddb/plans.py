@@ -8,8 +8,8 @@ Laws:
    ever makes it, so that making it may be tried again whatever became of the first attempt.
 3. Who waits in a line for one place watches the key before its own and no other: when a holder leaves, one wakes up.
 
-Theory. A *plan* is a generator: it yields what it wants done (a `Wish`) and is sent what came of it, so the blocking and
-the asyncio client share every decision, and a test needs neither. Its steps are read with `yield from ask(question)`, which
+Theory. A *plan* is a generator: it yields what it wants done (a `Wish`) and is sent what came of it (driving.py; a DdbError is
+thrown in), so the blocking and the asyncio client share every decision, and a test needs neither. Its steps are read with `yield from ask(question)`, which
 gives the question's own answer back.
 
 A line is a prefix in the database, `ddb/lock/NAME/`, and each who stands in it has a key below: the lease's id as 16
@@ -78,24 +78,6 @@ def ask(question: Question[T], numbers: Numbers | None = None) -> Plan[T]:
     """The plan of one question."""
     answer: T = yield Ask(question, numbers)
     return answer
-
-
-def drive(plan: Plan[T], perform: Callable[[Wish], Any]) -> T:
-    """Carry a plan out with a `perform` that blocks. Returns what the plan returns, raises what it raises."""
-    try:
-        wish = next(plan)
-        while True:
-            try:
-                answer = perform(wish)
-            except DdbError as error:
-                wish = plan.throw(error)
-            else:
-                wish = plan.send(answer)
-    except StopIteration as end:
-        done: T = end.value
-        return done
-    finally:
-        plan.close()
 
 
 @dataclass(frozen=True, slots=True)

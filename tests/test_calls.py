@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from ddb import calls, errors
 from ddb.calls import Effect, Exchange, Failed, Keep, Knowledge, Sleep, Steps
+from ddb.driving import drive, drive_awaiting
 from tests.harness import REPOSITORY
 
 A, B, C, REGISTRY = "a:1", "b:2", "c:3", "registry:9"
@@ -574,7 +576,7 @@ def test_a_request_that_is_no_json_is_refused_before_anything_is_sent() -> None:
 
 
 def test_the_driver_in_the_documentation_drives() -> None:
-    example = re.search(r"^    steps = .*?^    finally:\n.*?$", calls.__doc__ or "", re.MULTILINE | re.DOTALL)
+    example = re.search(r"^    steps = .*\n    reply = .*$", calls.__doc__ or "", re.MULTILINE)
     assert example is not None
     world = World(a=[CUT], b=[ok(found=False, leader=A)])
 
@@ -584,10 +586,12 @@ def test_the_driver_in_the_documentation_drives() -> None:
             raise answer
         return answer
 
-    names: dict[str, Any] = {**vars(calls), "time": time, "perform": perform, "knowledge": knowing(A, B)}
-    exec(f"def drive():\n{example[0]}", names)
+    names: dict[str, Any] = {
+        **vars(calls), "drive": drive, "time": time, "perform": perform, "knowledge": knowing(A, B)
+    }  # fmt: skip
     world.now_s = time.monotonic()
-    assert names["drive"]() == ok(found=False, leader=A)
+    exec(textwrap.dedent(example[0]), names)
+    assert names["reply"] == ok(found=False, leader=A)
     assert world.asked == [(A, "get"), (B, "get")]
 
 
@@ -601,23 +605,9 @@ def test_an_event_loop_drives_the_same_calls() -> None:
             raise answer
         return answer
 
-    async def drive(steps: Steps) -> Any:
-        try:
-            effect = next(steps)
-            while True:
-                try:
-                    answer = await perform(effect)
-                except Failed as failure:
-                    effect = steps.throw(failure)
-                else:
-                    effect = steps.send(answer)
-        except StopIteration as end:
-            return end.value
-        finally:
-            steps.close()
-
     async def both() -> tuple[Any, Any]:
-        return await asyncio.gather(drive(world.begin(knowledge, PUT)), drive(world.begin(knowledge, GET)))
+        begun = world.begin(knowledge, PUT), world.begin(knowledge, GET)
+        return await asyncio.gather(*(drive_awaiting(steps, perform, Failed) for steps in begun))
 
     assert all(reply["ok"] for reply in asyncio.run(both()))
 
