@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, questions
 from ddb.errors import BadRequest, DdbError
-from ddb.keeping import Keeping
+from ddb.keeping import KeptLease, KeptSession
 from ddb.leases import now
 
 if TYPE_CHECKING:
@@ -21,33 +21,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ddb.client")
 
 
-class Lease:
+class Lease(KeptLease):
     """A time to live that keys can hang on. Made by `Client.lease`; `id` is what the cluster calls it."""
 
     def __init__(
         self, client: Client, lease: int, ttl_s: float, asked_s: float, on_lost: Callable[[], object] | None
     ) -> None:
-        self.id = lease
-        self.ttl_s = ttl_s
+        super().__init__(lease, ttl_s, asked_s, now)
         self._client = client
         self._on_lost = on_lost
-        self._keeping = Keeping(ttl_s, asked_s, now)
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def lost(self) -> bool:
-        """Whether it may have ended: nothing has kept it alive for `ttl_s`, or the cluster says so, or it was revoked."""
-        return self._keeping.lost
-
-    @property
-    def until_s(self) -> float:
-        """The moment until which it surely lives, by the clock `ddb.leases.now`."""
-        return self._keeping.until_s
-
-    @property
-    def remaining_s(self) -> float:
-        """The seconds for which it surely lives."""
-        return self._keeping.remaining_s
 
     async def keepalive(self, *, timeout_s: float | None = None) -> float:
         """Give a sign of life, once. Returns the seconds for which it surely lives from now on. Raises BadRequest where
@@ -115,9 +98,6 @@ class Lease:
         except DdbError as error:
             _log.warning("what hangs on lease %d is free only when that has run out: %s", self.id, error)
 
-    def __repr__(self) -> str:
-        return f"<Lease {self.id} {'lost' if self.lost else f'{self.remaining_s:.1f} s'}>"
-
     async def _keep(self) -> None:
         while not self.lost:
             await asyncio.sleep(max(min(self._keeping.due_s, self.until_s) - now(), 0))
@@ -165,33 +145,21 @@ class Numbers(keeping.Numbers):
         try:
             yield begun
         finally:
-            for request in begun:
-                if request.get("client") == self.client:
-                    self.end(request)
+            self.end_those(begun)
             async with self._changed:
                 self._changed.notify_all()
 
 
-class Session:
+class Session(KeptSession[Numbers]):
     """A name under which the writes of an `async with` block are done exactly once: those of this task, and of the tasks
     that it begins within. Made by `Client.session`."""
 
+    statement = "an `async with` statement"
+
     def __init__(self, client: Client, timeout_s: float | None = None) -> None:
+        super().__init__()
         self._client = client
         self._timeout_s = timeout_s
-        self._numbers: Numbers | None = None
-
-    @property
-    def id(self) -> int:
-        """What the cluster calls it; history tells it with each write."""
-        return self.numbers.client
-
-    @property
-    def numbers(self) -> Numbers:
-        """The numbers of its writes. Raises BadRequest where it is not open."""
-        if self._numbers is None:
-            raise BadRequest("This session is not open; use it in an `async with` statement.")
-        return self._numbers
 
     async def open(self) -> Session:
         """Have the cluster name it.

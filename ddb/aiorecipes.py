@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
@@ -18,8 +17,6 @@ from ddb.results import Item
 
 if TYPE_CHECKING:
     from ddb.aio import Client
-
-_log = logging.getLogger("ddb.client")
 
 
 class Semaphore(Holding[Lease]):

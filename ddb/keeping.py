@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from ddb.calls import NUMBERED
 from ddb.errors import BadRequest, DdbError, Overloaded
@@ -69,6 +69,36 @@ class Keeping:
         self._gone = True
 
 
+class KeptLease:
+    """What the client's leases know of themselves, whichever way they are kept alive.
+
+    `lease`: what the cluster calls it. `ttl_s`, `asked_s`, `now`: as for Keeping.
+    """
+
+    def __init__(self, lease: int, ttl_s: float, asked_s: float, now: Callable[[], float]) -> None:
+        self.id = lease
+        self.ttl_s = ttl_s
+        self._keeping = Keeping(ttl_s, asked_s, now)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it may have ended: nothing has kept it alive for `ttl_s`, or the cluster says so, or it was revoked."""
+        return self._keeping.lost
+
+    @property
+    def until_s(self) -> float:
+        """The moment until which it surely lives, by the clock `ddb.leases.now`."""
+        return self._keeping.until_s
+
+    @property
+    def remaining_s(self) -> float:
+        """The seconds for which it surely lives."""
+        return self._keeping.remaining_s
+
+    def __repr__(self) -> str:
+        return f"<Lease {self.id} {'lost' if self.lost else f'{self.remaining_s:.1f} s'}>"
+
+
 class Numbers:
     """A session's name, the numbers of its writes, and which of them are under way (law 3)."""
 
@@ -97,6 +127,12 @@ class Numbers:
         self._under_way.discard(numbered["seq"])
         self._alone = False
 
+    def end_those(self, begun: Sequence[Mapping[str, Any]]) -> None:
+        """The same of all writes in what `some` began."""
+        for request in begun:
+            if request.get("client") == self.client:
+                self.end(request)
+
     def some(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """As many of the first `requests` as may begin now: writes with numbers, reads as they are."""
         begun: list[dict[str, Any]] = []
@@ -108,6 +144,30 @@ class Numbers:
             else:
                 break
         return begun
+
+
+N = TypeVar("N", bound=Numbers)
+
+
+class KeptSession(Generic[N]):
+    """What the client's sessions know of themselves. `statement` is what they are to be used in."""
+
+    statement: ClassVar[str] = "a `with` statement"
+
+    def __init__(self) -> None:
+        self._numbers: N | None = None
+
+    @property
+    def id(self) -> int:
+        """What the cluster calls it; history tells it with each write."""
+        return self.numbers.client
+
+    @property
+    def numbers(self) -> N:
+        """The numbers of its writes. Raises BadRequest where it is not open."""
+        if self._numbers is None:
+            raise BadRequest(f"This session is not open; use it in {self.statement}.")
+        return self._numbers
 
 
 def crowded() -> Overloaded:

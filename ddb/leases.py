@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ddb import keeping, questions
 from ddb.caller import Caller, Callers
 from ddb.errors import BadRequest, DdbError
-from ddb.keeping import Keeping
+from ddb.keeping import KeptLease, KeptSession
 
 if TYPE_CHECKING:
     from ddb.client import Client
@@ -39,7 +39,7 @@ def whoami() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-class Lease:
+class Lease(KeptLease):
     """A time to live that keys can hang on. Made by `Client.lease`; `id` is what the cluster calls it."""
 
     def __init__(
@@ -51,30 +51,13 @@ class Lease:
         on_lost: Callable[[], object] | None,
         timeout_s: float,
     ) -> None:
-        self._timeout_s = timeout_s
-        self.id = lease
-        self.ttl_s = ttl_s
+        super().__init__(lease, ttl_s, asked_s, now)
         self._callers = callers
         self._on_lost = on_lost
-        self._keeping = Keeping(ttl_s, asked_s, now)
+        self._timeout_s = timeout_s
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._caller: Caller | None = None
-
-    @property
-    def lost(self) -> bool:
-        """Whether it may have ended: nothing has kept it alive for `ttl_s`, or the cluster says so, or it was revoked."""
-        return self._keeping.lost
-
-    @property
-    def until_s(self) -> float:
-        """The moment until which it surely lives, by the clock `ddb.leases.now`."""
-        return self._keeping.until_s
-
-    @property
-    def remaining_s(self) -> float:
-        """The seconds for which it surely lives."""
-        return self._keeping.remaining_s
 
     def keepalive(self, *, timeout_s: float | None = None) -> float:
         """Give a sign of life, once. Returns the seconds for which it surely lives from now on. Raises BadRequest where
@@ -138,13 +121,14 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """End it. Where nobody can be told, it runs out."""
         try:
             self.revoke()
-        except DdbError as trouble:
-            _log.warning("lease %d could not be revoked, and will run out: %s", self.id, trouble)
-
-    def __repr__(self) -> str:
-        return f"<Lease {self.id} {'lost' if self.lost else f'{self.remaining_s:.1f} s'}>"
+        except DdbError as error:
+            _log.warning("what hangs on lease %d is free only when that has run out: %s", self.id, error)
 
     def _beat(self, call: Callable[[dict[str, Any], str | None, float], Any], timeout_s: float) -> None:
         sent_s = now()
@@ -203,34 +187,20 @@ class Numbers(keeping.Numbers):
             yield begun
         finally:
             with self._changed:
-                for request in begun:
-                    if request.get("client") == self.client:
-                        self.end(request)
+                self.end_those(begun)
                 self._changed.notify_all()
 
 
-class Session:
+class Session(KeptSession[Numbers]):
     """A name under which the writes of a `with` block are done exactly once. Made by `Client.session`.
 
     Of this thread: a block entered in one thread says nothing about the writes of another.
     """
 
     def __init__(self, client: Client, timeout_s: float | None = None) -> None:
+        super().__init__()
         self._client = client
         self._timeout_s = timeout_s
-        self._numbers: Numbers | None = None
-
-    @property
-    def id(self) -> int:
-        """What the cluster calls it; history tells it with each write."""
-        return self.numbers.client
-
-    @property
-    def numbers(self) -> Numbers:
-        """The numbers of its writes. Raises BadRequest where it is not open."""
-        if self._numbers is None:
-            raise BadRequest("This session is not open; use it in a `with` statement.")
-        return self._numbers
 
     def open(self) -> Session:
         """Have the cluster name it.

@@ -8,14 +8,13 @@ docs/recipes.md says what these can promise, and what no lock over a network can
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, plans, questions
-from ddb.errors import BadRequest, Compacted, DdbError, LockLost, NotInTime, SessionExpired
+from ddb.errors import BadRequest, Compacted, LockLost, NotInTime, SessionExpired
 from ddb.holding import Holding
 from ddb.leases import Lease, Numbers, Session, now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
@@ -23,8 +22,6 @@ from ddb.results import Item
 
 if TYPE_CHECKING:
     from ddb.client import Client
-
-_log = logging.getLogger("ddb.client")
 
 
 class Semaphore(Holding[Lease]):
@@ -75,7 +72,7 @@ class Semaphore(Holding[Lease]):
             item = self._client.run(plans.enter(self.prefix, self.limit, lease.id, value, patience))
         finally:
             if item is None:
-                _give_back(lease)
+                lease.give_back()
         if item is not None:
             self._lease, self._token = lease, item.created
         return item is not None
@@ -91,7 +88,7 @@ class Semaphore(Holding[Lease]):
         """
         lease = self._let_go()
         if lease is not None:
-            _give_back(lease)
+            lease.give_back()
 
     def holders(self) -> list[Leader]:
         """Who holds it now, as the cluster sees it, the first one first: their values and tokens.
@@ -121,14 +118,6 @@ class Semaphore(Holding[Lease]):
     def _lost(self) -> object:
         """The lease may have ended. While it only waited, that is nobody's business: it begins anew."""
         return self._on_lost() if self._token is not None and self._on_lost is not None else None
-
-
-def _give_back(lease: Lease) -> None:
-    """End a lease. Where nobody can be told, it runs out."""
-    try:
-        lease.revoke()
-    except DdbError as error:
-        _log.warning("what hangs on lease %d is free only when that has run out: %s", lease.id, error)
 
 
 class Lock(Semaphore):
@@ -276,7 +265,7 @@ class Barrier:
         key, self._key, self._token = self._key, None, None
         lease, self._lease = self._lease, None
         if lease is not None:
-            _give_back(lease)
+            lease.give_back()
         elif key is not None:
             self._client.run(plans.insist(questions.delete(key), lambda: True))
 
@@ -336,7 +325,7 @@ class DoubleBarrier:
             met = self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))
         finally:
             if met is None:
-                _give_back(lease)
+                lease.give_back()
             else:
                 self._lease, self._met = lease, met
         return met is not None
@@ -361,7 +350,7 @@ class DoubleBarrier:
             self.leave()
         elif self._lease is not None:
             lease, self._lease = self._lease, None
-            _give_back(lease)
+            lease.give_back()
 
 
 class _Sessional:
@@ -513,7 +502,7 @@ class Task:
             self._item, self._token = claimed if claimed is not None else (None, 0)
         finally:
             if self._item is None:
-                _give_back(lease)
+                lease.give_back()
         if self._item is None:
             raise NotInTime(f"The queue {name!r} had nothing free for {self._wait_s} s.")
         self._lease = lease
@@ -528,7 +517,7 @@ class Task:
             if kind is None:
                 self._queue.finish(item, lease.id)
         finally:
-            _give_back(lease)
+            lease.give_back()
 
 
 class Counter(_Sessional):
