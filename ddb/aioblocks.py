@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -12,14 +11,12 @@ from typing import Any, Protocol, TypeVar
 
 from ddb import questions
 from ddb.calls import Outcome
-from ddb.drafts import Draft, Retrying
-from ddb.errors import BadRequest
+from ddb.drafts import Retrying, Trial
 from ddb.pipelines import Gathering
 from ddb.questions import HasId, Question
 from ddb.results import TxnResult
 
 T = TypeVar("T")
-_log = logging.getLogger("ddb.client")
 
 
 class Asks(Protocol):
@@ -64,14 +61,15 @@ class Pipeline(Gathering):
             await self.send()
 
 
-class Attempt:
+class Attempt(Trial):
     """One attempt at a transaction: an `async with` block whose reads are remembered, and whose writes are kept back
     until it ends. Of an attempt that was overtaken nothing is done."""
 
+    statement = "an `async with` statement"
+
     def __init__(self, ask: Asks) -> None:
-        self.committed: TxnResult | None = None
+        super().__init__()
         self._ask = ask
-        self._draft = Draft()
 
     async def get(self, key: str, default: Any = None) -> Any:
         """The value under `key`, or `default` where there is none.
@@ -130,12 +128,9 @@ class Attempts:
             attempt = Attempt(self._ask)
             try:
                 yield attempt
-            except GeneratorExit:  # a `break` or a `return` in the loop
-                if attempt.committed is not None and not attempt.committed.succeeded:
-                    _log.warning("a transaction was left after an attempt that was overtaken: it did nothing")
+            except GeneratorExit:
+                attempt.left()
                 raise
-            if attempt.committed is None:
-                raise BadRequest("Use each attempt at a transaction in an `async with` statement, to its end.")
-            if attempt.committed.succeeded:
+            if attempt.succeeded():
                 return
             await asyncio.sleep(retrying.pause_s())

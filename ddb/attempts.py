@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import time
 from collections.abc import Iterator
@@ -10,13 +9,11 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from ddb import questions
-from ddb.drafts import MISSING, Draft, Retrying
-from ddb.errors import BadRequest
+from ddb.drafts import MISSING, Retrying, Trial
 from ddb.questions import HasId, Question
 from ddb.results import TxnResult
 
 T = TypeVar("T")
-_log = logging.getLogger("ddb.client")
 
 
 class Asks(Protocol):
@@ -26,14 +23,13 @@ class Asks(Protocol):
         """The answer to `question`."""
 
 
-class Attempt:
+class Attempt(Trial):
     """One attempt at a transaction: a `with` block whose reads are remembered, and whose writes are kept back until it
     ends. Of an attempt that was overtaken nothing is done."""
 
     def __init__(self, ask: Asks) -> None:
-        self.committed: TxnResult | None = None
+        super().__init__()
         self._ask = ask
-        self._draft = Draft()
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value under `key`, or `default` where there is none.
@@ -109,12 +105,9 @@ class Attempts:
             attempt = Attempt(self._ask)
             try:
                 yield attempt
-            except GeneratorExit:  # a `break` or a `return` in the loop
-                if attempt.committed is not None and not attempt.committed.succeeded:
-                    _log.warning("a transaction was left after an attempt that was overtaken: it did nothing")
+            except GeneratorExit:
+                attempt.left()
                 raise
-            if attempt.committed is None:
-                raise BadRequest("Use each attempt at a transaction in a `with` statement, to its end.")
-            if attempt.committed.succeeded:
+            if attempt.succeeded():
                 return
             time.sleep(retrying.pause_s())

@@ -14,14 +14,17 @@ collided don't meet again. A range can't be read this way: a key that somebody a
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from ddb import questions
-from ddb.errors import Conflict
+from ddb.errors import BadRequest, Conflict
 from ddb.questions import HasId, Question
 from ddb.results import Item, TxnResult
+
+_log = logging.getLogger("ddb.client")
 
 PAUSE_FIRST_S: Final = 0.002
 PAUSE_MAX_S: Final = 0.25
@@ -66,6 +69,27 @@ class Draft:
             return None
         conditions = [{"key": key, "rev": rev} for key, rev in self.reads.items()]
         return questions.txn(conditions, list(self.writes.values()))
+
+
+class Trial:
+    """One attempt at a transaction, and what came of it. `statement` is what it is to be used in."""
+
+    statement: ClassVar[str] = "a `with` statement"
+
+    def __init__(self) -> None:
+        self.committed: TxnResult | None = None
+        self._draft = Draft()
+
+    def succeeded(self) -> bool:
+        """Whether it was committed, rather than overtaken. Raises BadRequest where it was not used as it should be."""
+        if self.committed is None:
+            raise BadRequest(f"Use each attempt at a transaction in {self.statement}, to its end.")
+        return self.committed.succeeded
+
+    def left(self) -> None:
+        """The program has left the loop, by a `break` or a `return`: say so where that means that nothing was done."""
+        if self.committed is not None and not self.committed.succeeded:
+            _log.warning("a transaction was left after an attempt that was overtaken: it did nothing")
 
 
 class Retrying:

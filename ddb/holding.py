@@ -1,4 +1,4 @@
-"""What a lock, a semaphore or an election has in its hands: the same for programs that block and for asyncio.
+"""What a lock, a barrier or a worker has in its hands: the same for programs that block and for asyncio.
 
 Laws: a token is known from the moment that it is held until it is given back; whether it may be lost is asked of the
 lease's own clock each time, so that nobody who was frozen is told an old truth.
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from ddb import plans
 from ddb.errors import BadRequest, LockLost, NotInTime
 from ddb.plans import Leader, Plan
+from ddb.results import Item
 
 
 class Leased(Protocol):
@@ -113,3 +114,91 @@ class Holding(Generic[L]):
         return (
             f"<{type(self).__name__} {self.name!r} {self._token if self.held else 'lost' if self.lost else 'not held'}>"
         )
+
+
+class Raised(Generic[L]):
+    """A barrier, whether it is held here, and by which key and lease."""
+
+    def __init__(self, name: str, ttl_s: float | None) -> None:
+        self.name = name
+        self.ttl_s = ttl_s
+        self.prefix = plans.prefix_of("barrier", name)
+        self._lease: L | None = None
+        self._key: str | None = None
+        self._token: int | None = None
+
+    @property
+    def token(self) -> int:
+        """The revision since which it is held here. Raises BadRequest where it is not."""
+        if self._token is None:
+            raise BadRequest(f"The barrier {self.name!r} is not held here.")
+        return self._token
+
+
+class Met(Generic[L]):
+    """A barrier for `count` participants, with which lease it was entered here, and whom one met."""
+
+    def __init__(self, name: str, count: int, ttl_s: float) -> None:
+        self.name = name
+        self.count = count
+        self.ttl_s = ttl_s
+        self.prefix = plans.prefix_of("double", name)
+        self._lease: L | None = None
+        self._met: set[str] = set()
+
+    def _let_go(self) -> L:
+        """It is left; returns the lease to end. Raises BadRequest where it was not entered."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            raise BadRequest(f"The barrier {self.name!r} was not entered.")
+        return lease
+
+
+class Claimed(Generic[L]):
+    """An item of the queue `name` that is worked on here, for a block. `statement` is what begins one."""
+
+    statement: ClassVar[str] = "a `with` statement"
+
+    def __init__(self, name: str, wait_s: float | None, ttl_s: float) -> None:
+        self._name = name
+        self._wait_s = wait_s
+        self._ttl_s = ttl_s
+        self._lease: L | None = None
+        self._item: Item | None = None
+        self._token = 0
+
+    @property
+    def value(self) -> Any:
+        """What was put. Raises BadRequest outside of the block."""
+        return self._claimed[0].value
+
+    @property
+    def token(self) -> int:
+        """The fencing token: a revision, greater than that of everybody who worked on this item before."""
+        return self._token if self._claimed else 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may work on it by now."""
+        return self._claimed[1].lost
+
+    @property
+    def guard(self) -> dict[str, Any]:
+        """A condition for `if_`: what is written with it is written only while the item is claimed here."""
+        item, lease = self._claimed
+        return {"key": plans.claim_of(self._name, item), "value": lease.id}
+
+    @property
+    def _claimed(self) -> tuple[Item, L]:
+        if self._item is None or self._lease is None:
+            raise BadRequest(f"Take an item in {self.statement}, and use it within.")
+        return self._item, self._lease
+
+    def _let_go(self) -> tuple[Item, L]:
+        """Work on it no longer; returns it, and the lease to end."""
+        claimed = self._claimed
+        self._item = self._lease = None
+        return claimed
+
+    def _nothing_free(self) -> NotInTime:
+        return NotInTime(f"The queue {self._name!r} had nothing free for {self._wait_s} s.")

@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, plans, questions
-from ddb.errors import BadRequest, Compacted, LockLost, NotInTime, SessionExpired
-from ddb.holding import Holding
+from ddb.errors import Compacted, LockLost, NotInTime, SessionExpired
+from ddb.holding import Claimed, Holding, Met, Raised
 from ddb.leases import Lease, Numbers, Session, now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
 from ddb.results import Item
@@ -222,24 +222,12 @@ class Election(Lock):
         return self
 
 
-class Barrier:
+class Barrier(Raised[Lease]):
     """While somebody holds it, the others wait. Made by `Client.barrier`."""
 
     def __init__(self, client: Client, name: str, ttl_s: float | None = None) -> None:
-        self.name = name
-        self.ttl_s = ttl_s
+        super().__init__(name, ttl_s)
         self._client = client
-        self.prefix = plans.prefix_of("barrier", name)
-        self._lease: Lease | None = None
-        self._key: str | None = None
-        self._token: int | None = None
-
-    @property
-    def token(self) -> int:
-        """The revision since which it is held here. Raises BadRequest where it is not."""
-        if self._token is None:
-            raise BadRequest(f"The barrier {self.name!r} is not held here.")
-        return self._token
 
     def hold(self) -> None:
         """Raise it. Others may hold it as well: it falls when all have released it.
@@ -299,17 +287,12 @@ class Barrier:
         self.release()
 
 
-class DoubleBarrier:
+class DoubleBarrier(Met[Lease]):
     """What `count` participants enter together and leave together. Made by `Client.double_barrier`."""
 
     def __init__(self, client: Client, name: str, count: int, ttl_s: float = 10.0) -> None:
-        self.name = name
-        self.count = count
-        self.ttl_s = ttl_s
+        super().__init__(name, count, ttl_s)
         self._client = client
-        self.prefix = plans.prefix_of("double", name)
-        self._lease: Lease | None = None
-        self._met: set[str] = set()
 
     def enter(self, wait_s: float | None = None) -> bool:
         """Come, and wait until `count` are there. Returns whether they were within `wait_s`.
@@ -332,9 +315,7 @@ class DoubleBarrier:
 
     def leave(self, wait_s: float | None = None) -> bool:
         """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`."""
-        lease, self._lease = self._lease, None
-        if lease is None:
-            raise BadRequest(f"The barrier {self.name!r} was not entered.")
+        lease = self._let_go()
         lease.close()
         patience = Patience(now, None if wait_s is None else now() + wait_s)
         return self._client.run(plans.part(self.prefix, self._met, lease.id, patience))
@@ -349,8 +330,7 @@ class DoubleBarrier:
         if kind is None:
             self.leave()
         elif self._lease is not None:
-            lease, self._lease = self._lease, None
-            lease.give_back()
+            self._let_go().give_back()
 
 
 class _Sessional:
@@ -454,43 +434,12 @@ class Queue(_Sessional):
         self.close()
 
 
-class Task:
+class Task(Claimed[Lease]):
     """An item of a queue that is worked on here, for a block. Made by `Queue.take`."""
 
     def __init__(self, queue: Queue, wait_s: float | None, ttl_s: float) -> None:
+        super().__init__(queue.name, wait_s, ttl_s)
         self._queue = queue
-        self._wait_s = wait_s
-        self._ttl_s = ttl_s
-        self._lease: Lease | None = None
-        self._item: Item | None = None
-        self._token = 0
-
-    @property
-    def value(self) -> Any:
-        """What was put. Raises BadRequest outside of the block."""
-        return self._claimed[0].value
-
-    @property
-    def token(self) -> int:
-        """The fencing token: a revision, greater than that of everybody who worked on this item before."""
-        return self._token if self._claimed else 0
-
-    @property
-    def lost(self) -> bool:
-        """Whether somebody else may work on it by now."""
-        return self._claimed[1].lost
-
-    @property
-    def guard(self) -> dict[str, Any]:
-        """A condition for `if_`: what is written with it is written only while the item is claimed here."""
-        item, lease = self._claimed
-        return {"key": plans.claim_of(self._queue.name, item), "value": lease.id}
-
-    @property
-    def _claimed(self) -> tuple[Item, Lease]:
-        if self._item is None or self._lease is None:
-            raise BadRequest("Take an item in a `with` statement, and use it within.")
-        return self._item, self._lease
 
     def __enter__(self) -> Task:
         client, name = self._queue.client, self._queue.name
@@ -504,15 +453,14 @@ class Task:
             if self._item is None:
                 lease.give_back()
         if self._item is None:
-            raise NotInTime(f"The queue {name!r} had nothing free for {self._wait_s} s.")
+            raise self._nothing_free()
         self._lease = lease
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        item, lease = self._claimed
-        self._item = self._lease = None
+        item, lease = self._let_go()
         try:
             if kind is None:
                 self._queue.finish(item, lease.id)
