@@ -147,6 +147,7 @@ class SessionLost(SessionExpired):
     """The session was forgotten while a write of it was on its way: that write may have happened."""
 
     definite = False
+    exit_code = 6
 
 
 class Conflict(DdbError):
@@ -159,7 +160,7 @@ class NotInTime(DdbError, TimeoutError):
     """What was waited for did not come in time: a lock, an item of a queue, a barrier's fall."""
 
     code = "not_in_time"
-    exit_code = 6
+    exit_code = 4
 
 
 class LockLost(DdbError):

@@ -154,6 +154,16 @@ class Met(Generic[L]):
         return lease
 
 
+class Shared:
+    """What all who know its `name` share, under the session of the block around them or one of their own."""
+
+    kind: ClassVar[str]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.prefix = plans.prefix_of(self.kind, name)
+
+
 class Claimed(Generic[L]):
     """An item of the queue `name` that is worked on here, for a block. `statement` is what begins one."""
 

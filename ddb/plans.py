@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from ddb import questions
-from ddb.errors import Compacted, DdbError, LockLost
+from ddb.commands import KEY_BYTES_MAX
+from ddb.errors import BadRequest, Compacted, DdbError, LockLost, TooLarge
 from ddb.keeping import Numbers
 from ddb.questions import Question
 from ddb.results import Event, Item, ScanResult
@@ -39,6 +40,7 @@ QUEUE_PAGE: Final = 16
 RETRY_FIRST_S: Final = 0.02
 RETRY_MAX_S: Final = 0.5
 LOOK_AGAIN_S: Final = 15.0
+PREFIX_BYTES_MAX: Final = KEY_BYTES_MAX - len("claim/0123456789abcdef")  # the longest that stands behind one
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,24 @@ class Patience:
 
 
 def prefix_of(kind: str, name: str) -> str:
-    """Where a recipe of this `kind` and `name` has its keys, and no other one has any."""
-    return f"{ROOT}{kind}/{name.replace('%', '%25').replace('/', '%2F')}/"
+    """Where a recipe of this `kind` and `name` has its keys, and no other one has any.
+
+    Raises BadRequest where the name is no text or an empty one, TooLarge where the keys would be longer than keys may be:
+    before anything is asked for, so that nobody waits in a line in which nobody can stand.
+    """
+    whose = "double barrier" if kind == "double" else kind
+    if not isinstance(name, str):
+        raise BadRequest(f"The {whose}'s name must be a string, not of type {type(name).__name__}.")
+    if not name:
+        raise BadRequest(f"The {whose}'s name must not be empty.")
+    prefix = f"{ROOT}{kind}/{name.replace('%', '%25').replace('/', '%2F')}/"
+    try:
+        bytes_more = len(prefix.encode()) - PREFIX_BYTES_MAX
+    except UnicodeEncodeError:
+        raise BadRequest(f"The {whose}'s name holds an unpaired surrogate.") from None
+    if bytes_more > 0:
+        raise TooLarge(f"The {whose}'s name is {bytes_more} bytes too long (a / or % in it counts as three).")
+    return prefix
 
 
 def key_of(prefix: str, number: int) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddb import keeping, plans, questions
 from ddb.errors import Compacted, LockLost, NotInTime, SessionExpired
-from ddb.holding import Claimed, Holding, Met, Raised
+from ddb.holding import Claimed, Holding, Met, Raised, Shared
 from ddb.leases import Lease, Numbers, Session, now, whoami
 from ddb.plans import Leader, Patience, Plan, Roll
 from ddb.results import Item
@@ -333,11 +333,11 @@ class DoubleBarrier(Met[Lease]):
             self._let_go().give_back()
 
 
-class _Sessional:
+class _Sessional(Shared):
     """What does its writes exactly once: under the session of the block around it, or under one of its own."""
 
     def __init__(self, client: Client, name: str) -> None:
-        self.name = name
+        super().__init__(name)
         self.client = client
         self._session: Session | None = None
 
@@ -371,6 +371,8 @@ class Queue(_Sessional):
 
     Made in one thread, it may be used by others. Close it, or use it in a `with` statement.
     """
+
+    kind = "queue"
 
     def put(self, value: Any) -> int:
         """Put `value` at the end, exactly once. Returns its ticket, which grows from item to item.
@@ -471,10 +473,12 @@ class Task(Claimed[Lease]):
 class Counter(_Sessional):
     """A number to which any may add, each addition counted exactly once. Made by `Client.counter`."""
 
+    kind = "counter"
+
     @property
     def key(self) -> str:
         """Where it is kept."""
-        return f"{plans.prefix_of('counter', self.name)}value"
+        return f"{self.prefix}value"
 
     def get(self) -> int:
         """What it is now.
