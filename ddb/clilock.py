@@ -26,18 +26,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ddb import console, options
 from ddb.client import Client
+from ddb.commands import TTL_MS_MAX
 from ddb.console import CONDITION_NOT_MET, ERROR, OK, Command, UsageError, as_json, complain, say, say_json, show
-from ddb.errors import BadRequest, DdbError
+from ddb.errors import BadRequest, DdbError, TooLarge
 from ddb.formats import ABSENT, Format, one_line
+from ddb.options import REVISION_MAX
 from ddb.recipes import Election, Lock
 from ddb.results import to_wire
 from ddb.scratch import Interrupts
+from ddb.settings import seconds, whole
+
+L = TypeVar("L", bound=Lock)
 
 NOT_EXECUTABLE, NOT_THERE, OF_SIGNAL = 126, 127, 128  # as POSIX shells have it
 PASSED_ON: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,15 +54,26 @@ LOOK_S: Final = 0.05  # whether it is still held
 
 
 def _lock(client: Client, args: argparse.Namespace) -> int:
-    return _hold(client.lock(args.name, args.ttl, value=args.value), args)
+    return _hold(_judged(client.lock, args), args)
 
 
 def _elect(client: Client, args: argparse.Namespace) -> int:
-    if args.observe:
-        if args.words or args.value is not None:
-            raise UsageError("--observe only looks; leave out --value and COMMAND.")
-        return _observe(client.election(args.name, args.ttl), args)
-    return _hold(client.election(args.name, args.ttl, value=args.value), args)
+    if args.observe and (args.words or args.value is not None):
+        raise UsageError("--observe only looks; leave out --value and COMMAND.")
+    election = _judged(client.election, args)
+    return _observe(election, args) if args.observe else _hold(election, args)
+
+
+def _judged(make: Callable[..., L], args: argparse.Namespace) -> L:
+    """The lock that the arguments name. Raises UsageError where there can't be such a one, or no such COMMAND."""
+    if any("\0" in text for text in (args.name, *args.words)):
+        raise UsageError("Neither a name nor COMMAND can hold a NUL: no program could be told of it.")
+    if not all(console.is_utf8(text) for text in (args.name, args.value or "")):
+        raise UsageError("A name or a --value is not UTF-8.")
+    try:
+        return make(args.name, args.ttl, value=args.value)
+    except (BadRequest, TooLarge) as error:
+        raise UsageError(error.message) from None
 
 
 def _hold(lock: Lock, args: argparse.Namespace) -> int:
@@ -206,21 +222,24 @@ def _lease(client: Client, args: argparse.Namespace) -> int:
         )
     if args.action == "grant":
         return _lease_grant(client, args)
-    if not args.what.isdigit():
-        raise UsageError(f"{args.what!r} is no lease's ID, a number as `lease grant` and `lease list` tell it.")
     return _lease_keepalive(client, args) if args.action == "keepalive" else _lease_revoke(client, args)
+
+
+def _lease_id(args: argparse.Namespace) -> int:
+    try:
+        return whole(1, REVISION_MAX)(args.what)
+    except argparse.ArgumentTypeError:
+        raise UsageError(
+            f"{args.what!r} is no lease's ID, a number as `lease grant` and `lease list` tell it."
+        ) from None
 
 
 def _lease_grant(client: Client, args: argparse.Namespace) -> int:
     try:
-        ttl_s = float(args.what)
-    except ValueError:
-        raise UsageError(f"{args.what!r} is no number of seconds.") from None
-    reply = (
-        client.call({"op": "lease_grant", "ttl": int(ttl_s) if ttl_s == int(ttl_s) else ttl_s}) if ttl_s > 0 else None
-    )
-    if reply is None:
-        raise UsageError("A lease lives for more than 0 seconds.")
+        ttl_s = seconds(0.001, TTL_MS_MAX / 1000)(args.what)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{error}.") from None
+    reply = client.call({"op": "lease_grant", "ttl": int(ttl_s) if ttl_s == int(ttl_s) else ttl_s})
     show(args, reply, str(reply["lease"]), "lease", lease=reply["lease"], ttl=reply.get("ttl", ttl_s))
     return OK
 
@@ -228,7 +247,7 @@ def _lease_grant(client: Client, args: argparse.Namespace) -> int:
 def _lease_keepalive(client: Client, args: argparse.Namespace) -> int:
     """One sign of life with --once, else one each third of its time, until an interrupt. Raises BadRequest where it is
     gone."""
-    lease, last_s = int(args.what), time.monotonic()
+    lease, last_s = _lease_id(args), time.monotonic()
     ttl_s = 0.0
     with Interrupts(), contextlib.suppress(KeyboardInterrupt):
         while True:
@@ -257,10 +276,11 @@ def _lease_keepalive(client: Client, args: argparse.Namespace) -> int:
 
 
 def _lease_revoke(client: Client, args: argparse.Namespace) -> int:
-    reply = client.call({"op": "lease_revoke", "lease": int(args.what)})
+    lease = _lease_id(args)
+    reply = client.call({"op": "lease_revoke", "lease": lease})
     deleted = reply.get("deleted", 0)
     said = f"revoked at revision {reply['rev']}, and {deleted} keys with it"
-    show(args, reply, said, "rev", lease=int(args.what), deleted=deleted, rev=reply["rev"])
+    show(args, reply, said, "rev", lease=lease, deleted=deleted, rev=reply["rev"])
     return OK
 
 

@@ -191,7 +191,7 @@ def _content(argument: str) -> bytes:
 
 def _text(argument: str) -> str:
     if not _elsewhere(argument):
-        if not _is_utf8(argument):
+        if not is_utf8(argument):
             raise UsageError(
                 "A key or value on the command line is not UTF-8; other bytes can be values, with --bytes."
             )
@@ -203,6 +203,6 @@ def _text(argument: str) -> str:
         raise UsageError(f"{source} is not UTF-8; for other bytes say --type bytes.") from None
 
 
-def _is_utf8(argument: str) -> bool:
+def is_utf8(argument: str) -> bool:
     """Whether an argument's bytes were UTF-8: Python keeps others as lone surrogates (PEP 383)."""
     return not any("\udc80" <= character <= "\udcff" for character in argument)

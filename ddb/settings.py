@@ -51,9 +51,10 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     """A `type` for settings that are whole numbers from `least` to `most`."""
 
     def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) <= most:
+        digits = text.lstrip("0") or "0"
+        if not text.isascii() or not text.isdigit() or not least <= int(digits[:20]) <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
+        return int(digits)
 
     return parse
 

@@ -369,14 +369,26 @@ def test_a_lease_is_kept_alive_until_ctrl_c_and_then_runs_out(client: Client) ->
 
 @pytest.mark.parametrize(
     "argv",
-    [["lease"], ["lease", "grant"], ["lease", "grant", "x"], ["lease", "grant", "0"], ["lease", "revoke", "x"],
-     ["lease", "list", "5"], ["lock"], ["lock", "a", "--ttl", "0", "--", "true"], ["watch", "a", "--key", "b"],
+    [["lease"], ["lease", "grant"], ["lease", "grant", "x"], ["lease", "grant", "0"], ["lease", "grant", "inf"],
+     ["lease", "grant", "nan"], ["lease", "grant", "1e9"], ["lease", "revoke", "x"], ["lease", "revoke", "²"],
+     ["lease", "revoke", "9" * 5000], ["lease", "keepalive", "0" * 5000], ["lease", "list", "5"], ["lock"],
+     ["lock", "", "--", "true"], ["elect", ""], ["elect", "", "--observe"], ["lock", "x" * 5000, "--", "true"],
+     ["lock", "/" * 1400, "--", "true"], ["lock", "\udcff", "--", "true"], ["lock", "a", "--value", "\udcff"], ["lock", "a", "--ttl", "0", "--", "true"], ["watch", "a", "--key", "b"],
      ["history", "a", "--prefix", "b"], ["elect", "a", "--observe", "--value", "x"]],
 )  # fmt: skip
 def test_bad_usage_is_2_and_one_line(client: Client, argv: list[str]) -> None:
     ran = ddb(client, *argv)
     assert (ran.returncode, ran.stdout) == (2, "")
     assert re.fullmatch(r"ddb[^\n]*: [^\n]+\n", ran.stderr)
+
+
+def test_a_name_that_no_lock_can_have_is_told_in_one_sentence_before_anything_is_asked(client: Client) -> None:
+    assert ddb(client, "lock", "", "--", "true").stderr == "ddb: The lock's name must not be empty.\n"
+    assert ddb(client, "elect", "").stderr == "ddb: The election's name must not be empty.\n"
+    ran = ddb(client, "shell", input='lock "a\0b" -- true\nlock a -- "a\0b"\n', stdin=None)
+    assert ran.returncode == 2
+    assert ran.stderr == 2 * "ddb: Neither a name nor COMMAND can hold a NUL: no program could be told of it.\n"
+    assert not client.leases()
 
 
 def test_a_cluster_that_is_away_for_too_long_is_a_lost_lock(tmp_path: Path) -> None:
