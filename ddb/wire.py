@@ -309,14 +309,24 @@ class FrameBuffer:
         if self.error is not None:
             return []
         rest = self._rest
-        if rest:
-            rest += data
-            if len(rest) < self._need:
-                return []
-            data = bytes(rest)
-            rest.clear()
         payloads: list[bytes] = []
         start, end = 0, len(data)
+        if rest:
+            missing = self._need - len(rest)
+            if missing > end or not self._need:
+                rest += data
+                if self._need:
+                    return []
+                data, end = bytes(rest), len(rest)
+                rest.clear()
+            else:  # a large frame is whole now; what follows it need not be copied for that
+                rest += memoryview(data)[:missing]
+                if rest[-1] != 10:
+                    self.error = _no_line_feed(self._need - 2 - rest.index(b"\n"))
+                    return []
+                payloads.append(bytes(memoryview(rest)[rest.index(b"\n") + 1 : -1]))
+                self._rest = rest = bytearray()
+                start = missing
         self._need = 0
         while start < end:
             lf = data.find(b"\n", start, start + LENGTH_DIGITS_MAX + 1)
@@ -336,12 +346,12 @@ class FrameBuffer:
                 self._need = stop + 1 - start
                 break
             if data[stop] != 10:
-                self.error = BadFrame(f"After the {length} bytes of payload a line feed must follow; count in bytes.")
+                self.error = _no_line_feed(length)
                 return payloads
             payloads.append(data[lf + 1 : stop])
             start = stop + 1
         if start < end:
-            rest += data[start:]
+            rest += memoryview(data)[start:]
         return payloads
 
     def finish(self) -> list[bytes]:
@@ -358,6 +368,10 @@ class FrameBuffer:
         if isinstance(self.error, TooLarge):
             self.error = None
             self._need = 0
+
+
+def _no_line_feed(length: int) -> BadFrame:
+    return BadFrame(f"After the {length} bytes of payload a line feed must follow; count in bytes.")
 
 
 def _bad_length(head: bytes) -> BadFrame:
