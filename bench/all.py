@@ -23,6 +23,7 @@ from types import FrameType
 from typing import BinaryIO
 
 from bench import report
+from bench.servers import commanded
 from bench.systems import REPOSITORY
 
 MODES = ("quick", "full")
@@ -215,4 +216,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.load import fill, run
 from bench.plan import KEYS, Plan
-from bench.servers import Server
+from bench.servers import Server, commanded
 from bench.systems import Ddb, System, await_leader
 
 OPS = {
@@ -159,4 +159,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

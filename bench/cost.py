@@ -33,7 +33,7 @@ from bench.cluster import table
 from bench.load import fill, run
 from bench.metered import STAGES, VARIABLE
 from bench.plan import Plan
-from bench.servers import Server
+from bench.servers import Server, commanded
 from bench.systems import Ddb, await_leader
 
 WORKS = "put:1:1,put:64:1,put:64:16,get:1:1,get:64:1,get:64:16"
@@ -104,8 +104,8 @@ def system_calls(plan: Plan, nodes: list[Server]) -> dict[str, dict[str, float]]
         out.unlink(missing_ok=True)
         command = [strace, "-f", "-c", "-o", str(out), "-p", str(node.process.pid)]
         tracers.append((node, out, subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)))
-    time.sleep(0.3)  # until it is attached there is nothing to see it by
     try:
+        time.sleep(0.3)  # until it is attached there is nothing to see it by
         operations = len(run(replace(plan, seconds=STRACE_S, warm_up_s=0.0)).latencies_s)
     finally:
         for _, _, tracer in tracers:
@@ -226,4 +226,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

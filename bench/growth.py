@@ -29,6 +29,7 @@ from bench import machine
 from bench.cluster import measure, table
 from bench.load import fill
 from bench.plan import Plan
+from bench.servers import commanded
 from bench.systems import Ddb, await_leader
 
 PARTS = {
@@ -201,4 +202,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

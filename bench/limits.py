@@ -39,6 +39,7 @@ from bench.cluster import measure as measure_row
 from bench.cluster import table
 from bench.load import fill, run
 from bench.plan import Plan, Result
+from bench.servers import commanded
 from bench.systems import Ddb, await_leader
 
 BLOCK = b"x" * 4095 + b"\n"
@@ -351,4 +352,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

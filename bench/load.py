@@ -375,5 +375,6 @@ if __name__ == "__main__":
     import sys
 
     from bench.options import main
+    from bench.servers import commanded
 
-    sys.exit(main())
+    sys.exit(commanded(main))

@@ -33,6 +33,7 @@ from bench import goals, limits, machine, outages, prototype
 from bench.cluster import measure, table, targets
 from bench.load import fill, run
 from bench.plan import Plan
+from bench.servers import commanded
 from bench.systems import HOW_TO_INSTALL, Ddb, Etcd, System, ZooKeeper, await_leader, find_etcd, has_zookeeper
 
 CLIENTS = {
@@ -364,4 +365,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

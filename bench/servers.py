@@ -1,12 +1,13 @@
 """Processes of servers: how they are started, what they take of the machine, and that all of them end.
 
-Laws: what is started here ends here, by its pid, whatever happens. A figure of the machine is read from /proc; where there is
-none it is 0, and shown as unknown.
+Laws: what is started here ends here, by its pid, whatever happens: also where the command itself is asked to end (`commanded`). A figure
+of the machine is read from /proc; where there is none it is 0, and shown as unknown.
 """
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import re
@@ -16,14 +17,17 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 READY_TIMEOUT_S = 60.0
 STOP_PATIENCE_S = 10.0
 LOOK_S = 0.01
 PORTS = range(12_000, 32_000)
+ASKED_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OF_SIGNAL = 128  # as POSIX shells have it
 
 
 @dataclass(slots=True)
@@ -45,7 +49,7 @@ class Server:
     def start(self) -> None:
         """Start it, for the first time or again; its log goes on. Raises OSError."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("DDB_", "ETCD_"))}
-        with self.log.open("ab") as output:
+        with self.log.open("ab") as output, _ending.put_off():  # or it might be started, and nobody know of it
             self.process = subprocess.Popen(
                 list(self.command),
                 stdin=subprocess.DEVNULL,
@@ -54,6 +58,7 @@ class Server:
                 cwd=self.directory,
                 env={**clean, **self.environment},
             )
+            _ending.started.append(self.process)
 
     def await_line(self, pattern: str) -> re.Match[str]:
         """Wait until it has said a line with `pattern`. Raises RuntimeError."""
@@ -94,6 +99,65 @@ class Server:
     def disk_bytes(self) -> int:
         """What its directory takes of the disk."""
         return sum(p.stat().st_blocks * 512 for p in (self.directory / self.name).rglob("*") if p.is_file())
+
+
+class _Ending:
+    """Whether this process was asked to end, and what must end with it."""
+
+    def __init__(self) -> None:
+        self.started: list[subprocess.Popen[bytes]] = []
+        self.asked: int | None = None
+        self._busy = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """A signal came: it interrupts, now or as soon as a start is done."""
+        self.asked = number
+        if not self._busy:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def put_off(self) -> Iterator[None]:
+        """A block that is not interrupted."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+        if self.asked is not None:
+            raise KeyboardInterrupt
+
+    def end_all(self) -> None:
+        """Kill what is left."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+
+_ending = _Ending()
+
+
+def commanded(main: Callable[[], int]) -> int:
+    """Carry out a command's `main`; returns its exit code, or 128 + N where signal N ended it.
+
+    Each of ASKED_TO_END interrupts it as Ctrl-C does, so that it can end its servers and remove their data. Where a second
+    one keeps it from that, they are killed.
+    """
+    before = {n: signal.signal(n, _ending.ask) for n in ASKED_TO_END if signal.getsignal(n) is not signal.SIG_IGN}
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        code = 1
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        _ending.end_all()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if _ending.asked is None else OF_SIGNAL + _ending.asked
 
 
 def cpu_s(pid: int) -> float:

@@ -37,7 +37,7 @@ from bench.growth import cluster, sizes, started
 from bench.load import Loop, fill, requests
 from bench.options import ask
 from bench.plan import Plan, Result
-from bench.servers import READY_TIMEOUT_S, Server
+from bench.servers import READY_TIMEOUT_S, Server, commanded
 from bench.systems import System, await_leader
 
 PARTS = ("checkpoints", "join", "pauses")
@@ -399,4 +399,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))

@@ -34,6 +34,7 @@ from typing import Any
 from bench.cluster import measure, table
 from bench.frames import frame
 from bench.plan import Plan
+from bench.servers import commanded
 from bench.systems import Ddb, await_leader
 
 COLUMNS = ("watchers", "puts/s", "p50 ms", "p99 ms", "node", "MiB", "progress/s")
@@ -157,4 +158,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commanded(main))
