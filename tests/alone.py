@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.harness import NodeServer, RegistryServer, Server, wait
+from ddb.client import Client, connect
+from tests.harness import Cluster, NodeServer, RegistryServer, Server, wait
 
 
 @contextmanager
@@ -32,6 +33,14 @@ def registry_alone(directory: Path, *flags: str) -> Iterator[RegistryServer]:
         yield registry
     finally:
         registry.kill()
+
+
+def emptied(cluster: Cluster) -> Iterator[Client]:
+    """A client of `cluster`, where there is no key any more; for a fixture."""
+    with connect(cluster.addresses) as client:
+        while keys := [item.key for item in client.scan(keys_only=True, limit=10_000)]:
+            client.batch([{"op": "delete", "key": key} for key in keys])
+        yield client
 
 
 def wait_leading(node: NodeServer) -> None:

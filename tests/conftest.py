@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from ddb.client import Client
 from tests import proving
+from tests.alone import emptied
 from tests.harness import Cluster
 
 
@@ -53,3 +55,28 @@ def cluster(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
         if request.node.stash.get(failed_key, False):
             one.print_logs()
         one.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A database of one node, the same for all tests of a file."""
+    with Cluster(tmp_path_factory.mktemp("alone"), 1, registry=False) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(alone: Cluster) -> Iterator[Client]:
+    """A client of that, with no key in it."""
+    yield from emptied(alone)
+
+
+@pytest.fixture
+def source(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
+    """A client of the first of a file's `pair` of clusters, with no key in it."""
+    yield from emptied(pair[0])
+
+
+@pytest.fixture
+def target(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
+    """A client of the second one."""
+    yield from emptied(pair[1])

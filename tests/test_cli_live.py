@@ -22,20 +22,6 @@ from tests.harness import Cluster, environment, wait
 from tests.terminal import CTRL_C, ENTER, Terminal
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("cluster"), 1, registry=False) as one:
-        yield one
-
-
-@pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with connect(cluster.addresses) as one:
-        while keys := [item.key for item in one.scan(keys_only=True, limit=10_000)]:
-            one.batch([{"op": "delete", "key": key} for key in keys])
-        yield one
-
-
 def arguments(client: Client, *argv: str) -> list[str]:
     return [sys.executable, "-m", "ddb", "--server", client.servers[0], *argv]
 

@@ -13,15 +13,8 @@ from ddb.client import Client, Item, next_page
 from tests.harness import Cluster, ask
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One node without a registry."""
-    with Cluster(tmp_path_factory.mktemp("alone"), 1, registry=False) as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def db(alone: Cluster, request: pytest.FixtureRequest) -> Iterator[Client]:
+def db(alone: Cluster) -> Iterator[Client]:
     with connect(alone.addresses) as client:
         yield client
 

@@ -74,13 +74,6 @@ def said_by(example: doctest.Example, names: dict[str, Any], loop: asyncio.Abstr
     return shown.getvalue()
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One node without a registry."""
-    with Cluster(tmp_path_factory.mktemp("alone"), 1, registry=False) as cluster:
-        yield cluster
-
-
 def check(text: str, names: dict[str, Any], loop: asyncio.AbstractEventLoop) -> None:
     for example in doctest.DocTestParser().get_examples(text):
         said = said_by(example, names, loop)

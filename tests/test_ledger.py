@@ -6,7 +6,6 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,15 +13,15 @@ import pytest
 from ddb import snapshot
 from ddb.disk import OsDisk
 from ddb.errors import CorruptStore, ReadOnly
-from ddb.kv import DIGEST_MASK, Machine, digest_of
-from ddb.ledger import Ledger, record_checksum
+from ddb.kv import Machine
+from ddb.ledger import Ledger
 from ddb.snapshot import check_copy
 from ddb.store import Store
-from ddb.wire import decode
 from tests.test_kv import batch_of
+from tests.test_sessions import Spoken, whole_digest
 
 
-class Kept:
+class Kept(Spoken):
     """A machine on a store, which can be left to its disk alone at any time."""
 
     def __init__(self, path: Path) -> None:
@@ -32,14 +31,6 @@ class Kept:
     def _open(self) -> None:
         self.store = Store.open(self.path)
         self.machine = Machine(self.store, self.store.meta.applied)
-
-    def raw(self, op: str, **fields: Any) -> bytes:
-        (reply,) = self.machine.apply_batch(batch_of(self.machine.applied + 1, {"op": op, **fields}))
-        return reply
-
-    def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        reply: dict[str, Any] = decode(self.raw(op, **fields))
-        return reply
 
     def checkpoint(self) -> None:
         begun = self.store.begin_checkpoint(self.machine.applied, 1, None)
@@ -56,11 +47,6 @@ class Kept:
         first = self.raw("incr", key="n", client=client, seq=1)
         self.ask("put", key="leased", value=1, lease=lease)
         return client, lease, first
-
-
-def whole_digest(store: Store) -> int:
-    records = sum(record_checksum(name, value) ** 2 for name, value in store.ledger.records.items())
-    return (digest_of(store.rows()) + records) & DIGEST_MASK
 
 
 @pytest.fixture

@@ -25,23 +25,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Cl
         yield source, target
 
 
-@pytest.fixture
-def source(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
-    yield from emptied(pair[0])
-
-
-@pytest.fixture
-def target(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
-    yield from emptied(pair[1])
-
-
-def emptied(cluster: Cluster) -> Iterator[Client]:
-    with connect(cluster.addresses) as client:
-        while keys := [item.key for item in client.scan(keys_only=True, limit=10_000)]:
-            client.batch([{"op": "delete", "key": key} for key in keys])
-        yield client
-
-
 def rows(client: Client, prefix: str = "") -> dict[str, Any]:
     return {item.key: item.value for item in client.scan_all(prefix) if not item.key.startswith(NOTES)}
 

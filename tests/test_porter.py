@@ -36,23 +36,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Cluster, Cl
         yield one, other
 
 
-@pytest.fixture
-def source(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
-    yield from emptied(pair[0])
-
-
-@pytest.fixture
-def target(pair: tuple[Cluster, Cluster]) -> Iterator[Client]:
-    yield from emptied(pair[1])
-
-
-def emptied(cluster: Cluster) -> Iterator[Client]:
-    with connect(cluster.addresses) as client:
-        while keys := [item.key for item in client.scan(keys_only=True, limit=10_000)]:
-            client.batch([{"op": "delete", "key": key} for key in keys])
-        yield client
-
-
 def ddb(client: Client, *argv: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "ddb", "--server", client.servers[0], *argv]
     return subprocess.run(command, capture_output=True, env=environment(), timeout=PATIENCE_S, input=stdin)

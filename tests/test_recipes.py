@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ import ddb
 from ddb import aio, console, errors, plans
 from ddb.client import Client
 from ddb.commands import KEY_BYTES_MAX
-from tests.harness import Cluster
 
 NOBODY = "127.0.0.1:1"
 MAKERS: dict[str, Callable[[Any, Any], Any]] = {
@@ -29,15 +28,6 @@ MAKERS: dict[str, Callable[[Any, Any], Any]] = {
 def db(request: pytest.FixtureRequest) -> Any:
     """A client that has asked nobody anything, so that there is nothing to close."""
     return request.param(NOBODY)
-
-
-@pytest.fixture(scope="module")
-def living(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with (
-        Cluster(tmp_path_factory.mktemp("cluster"), 1, registry=False) as cluster,
-        ddb.connect(cluster.addresses) as client,
-    ):
-        yield client
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -62,12 +52,12 @@ def test_a_name_that_can_be_nobodys_is_refused_at_once(
 
 
 @pytest.mark.parametrize("filler", ["x", "ø", "%", "\0"])
-def test_the_longest_name_there_can_be_and_any_character_make_a_recipe_that_works(living: Client, filler: str) -> None:
+def test_the_longest_name_there_can_be_and_any_character_make_a_recipe_that_works(client: Client, filler: str) -> None:
     fits = plans.PREFIX_BYTES_MAX - len("ddb/semaphore//")
     name = filler * (fits // len(plans.prefix_of("lock", filler)[len("ddb/lock/") : -1].encode()))
-    with living.lock(name) as lock, living.semaphore(name, 1), living.election(name), living.barrier(name):
-        assert living.put("guarded", 1, if_=lock.guard).applied
-    with living.queue(name) as queue, living.counter(name) as counter, living.double_barrier(name, 1):
+    with client.lock(name) as lock, client.semaphore(name, 1), client.election(name), client.barrier(name):
+        assert client.put("guarded", 1, if_=lock.guard).applied
+    with client.queue(name) as queue, client.counter(name) as counter, client.double_barrier(name, 1):
         queue.put("first")
         with queue.take(wait_s=1) as task:
             assert task.value == "first"

@@ -16,16 +16,15 @@ from ddb.codec import encode_batch
 from ddb.commands import prepare, well_formed
 from ddb.kv import DIGEST_MASK, Machine, MemoryTable, digest_of
 from ddb.ledger import Ledger, record_checksum
+from ddb.store import Store
 from ddb.wire import decode, decode_trusted, encode
 from tests.test_kv import batch_of
 
 
-class Clients:
-    """A machine on a table in memory, spoken to in requests; replies stay bytes."""
+class Spoken:
+    """A machine that is spoken to in requests; replies stay bytes where they are asked for `raw`."""
 
-    def __init__(self) -> None:
-        self.table = MemoryTable()
-        self.machine = Machine(self.table)
+    machine: Machine
 
     def raw(self, op: str, **fields: Any) -> bytes:
         (reply,) = self.machine.apply_batch(batch_of(self.machine.applied + 1, {"op": op, **fields}))
@@ -34,6 +33,14 @@ class Clients:
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
         reply: dict[str, Any] = decode(self.raw(op, **fields))
         return reply
+
+
+class Clients(Spoken):
+    """One on a table in memory."""
+
+    def __init__(self) -> None:
+        self.table = MemoryTable()
+        self.machine = Machine(self.table)
 
     def open(self) -> int:
         return int(self.ask("session_open")["client"])
@@ -60,7 +67,7 @@ class Clients:
         return decoded
 
 
-def whole_digest(table: MemoryTable) -> int:
+def whole_digest(table: MemoryTable | Store) -> int:
     """The digest of rows and records, from the beginning."""
     records = sum(record_checksum(name, value) ** 2 for name, value in table.ledger.records.items())
     return (digest_of(table.rows()) + records) & DIGEST_MASK

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from ddb import cli, shell
-from ddb.client import Client, connect
-from tests.harness import Cluster, environment
+from ddb.client import Client
+from tests.harness import environment
 from tests.terminal import CTRL_D, ENTER, TAB, TMUX, UP, Terminal
 
 KINDS = [
@@ -20,20 +19,11 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("cluster"), 1, registry=False) as one:
-        yield one
-
-
 @pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with connect(cluster.addresses) as one:
-        while keys := [item.key for item in one.scan(keys_only=True)]:
-            one.batch([{"op": "delete", "key": key} for key in keys])
-        for key in ("user/7/name", "user/7/age", "user/8/name", "city", "two words"):
-            one.put(key, f"<{key}>")
-        yield one
+def client(client: Client) -> Client:
+    for key in ("user/7/name", "user/7/age", "user/8/name", "city", "two words"):
+        client.put(key, f"<{key}>")
+    return client
 
 
 def in_terminal(client: Client, directory: Path, tmux: bool) -> Terminal:
