@@ -33,7 +33,7 @@ from ddb.aiolinks import Caller
 from ddb.aiooperations import Operations
 from ddb.aiorecipes import Barrier, Counter, DoubleBarrier, Election, Lock, Queue, Semaphore
 from ddb.aiowatching import Watch
-from ddb.calls import Knowledge, Outcome, State
+from ddb.calls import Knowledge, Listeners, Outcome, State
 from ddb.client import TIMEOUT_S, addresses_of
 from ddb.driving import drive_awaiting
 from ddb.errors import BadRequest, DdbError
@@ -131,9 +131,9 @@ class Client(Operations):
         unreachable_s: float = TIMEOUT_S,
     ) -> None:
         self.timeout_s = timeout_s
-        self._known = Knowledge(tuple(servers), registry, discover, unreachable_s, on_state=self._turned)
+        self._listeners = Listeners()
+        self._known = Knowledge(tuple(servers), registry, discover, unreachable_s, on_state=self._listeners.tell)
         self._caller = Caller(self._known)
-        self._listeners: list[Callable[[State], object]] = []
         self._guests: set[Guest] = set()
 
     # --------------------------------------------------------- changes
@@ -440,16 +440,7 @@ class Client(Operations):
         connected
         0
         """
-        self._listeners.append(callback)
-        return lambda: self._listeners.remove(callback) if callback in self._listeners else None
-
-    def _turned(self, state: State) -> None:
-        """Tell all who want to know. What they do wrong does no harm to the call that noticed."""
-        for listener in list(self._listeners):
-            try:
-                listener(state)
-            except Exception:
-                _log.exception("a callback of on_state failed")
+        return self._listeners.add(callback)
 
     @property
     def servers(self) -> tuple[str, ...]:

@@ -18,11 +18,11 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from ddb import calls
-from ddb.calls import Effect, Exchange, Failed, Keep, Knowledge, Outcome, Sleep, State, Volley
+from ddb.calls import Effect, Exchange, Failed, Keep, Knowledge, Listeners, Outcome, Sleep, Volley
 from ddb.driving import drive
 from ddb.errors import BadRequest, DdbError
 from ddb.links import Link, reason_of
@@ -139,9 +139,9 @@ class Callers:
     def __init__(
         self, servers: Sequence[str], registry: str | None = None, discover: bool = True, unreachable_s: float = 5.0
     ) -> None:
-        self.known = Knowledge(tuple(servers), registry, discover, unreachable_s, on_state=self._turned)
+        self.listeners = Listeners()
+        self.known = Knowledge(tuple(servers), registry, discover, unreachable_s, on_state=self.listeners.tell)
         self.idle: list[Caller] = []
-        self.listeners: list[Callable[[State], object]] = []
         self._lock = threading.Lock()
         self._guests: set[Guest] = set()
         self.closed = False
@@ -222,11 +222,3 @@ class Callers:
         for guest in guests:
             guest.close()
         self._close_idle()
-
-    def _turned(self, state: State) -> None:
-        """Tell all who want to know. What they do wrong does no harm to the call that noticed."""
-        for listener in list(self.listeners):
-            try:
-                listener(state)
-            except Exception:
-                _log.exception("a callback of on_state failed")

@@ -34,6 +34,7 @@ task) closes the generator, at whichever step it stands.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ from ddb.errors import (
 )
 
 T = TypeVar("T")
+_log = logging.getLogger("ddb.client")
 
 CONNECT_TIMEOUT_S: Final = 1.0
 READ_ATTEMPT_S: Final = 1.0
@@ -145,6 +147,26 @@ class Failed(Exception):
         self.reason = reason
         self.sent = sent
         self.connected = connected
+
+
+class Listeners:
+    """Who wants to be told how a client stands to its cluster."""
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[State], object]] = []
+
+    def add(self, callback: Callable[[State], object]) -> Callable[[], None]:
+        """Tell `callback` from now on. Returns a function that ends this."""
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback) if callback in self._callbacks else None
+
+    def tell(self, state: State) -> None:
+        """Tell all. What they do wrong does no harm to the call that noticed."""
+        for callback in list(self._callbacks):
+            try:
+                callback(state)
+            except Exception:
+                _log.exception("a callback of on_state failed")
 
 
 @dataclass(slots=True)

@@ -411,9 +411,7 @@ class Client(Operations):
         connected
         0
         """
-        listeners = self._callers.listeners
-        listeners.append(callback)
-        return lambda: listeners.remove(callback) if callback in listeners else None
+        return self._callers.listeners.add(callback)
 
     @property
     def servers(self) -> tuple[str, ...]:
