@@ -82,7 +82,7 @@ class Meta:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A consistent copy of a snapshot file, closed and fsynced, with what the receiver needs to check it."""
+    """A consistent copy of a snapshot file, closed, with what the receiver needs to check it."""
 
     path: Path
     meta: Meta
@@ -410,20 +410,20 @@ def _verified_rows(connection: sqlite3.Connection, path: Path) -> Iterator[tuple
 def copy(disk: Disk, source: Path, path: Path) -> Copy:
     """Make `path` a consistent copy of the database `source`, while that one is in use; for a worker thread.
 
-    What is copied is the state that was committed last. The copy is one file, closed and fsynced. Raises ReadOnly,
-    CorruptStore or OSError, and then leaves no file.
+    What is copied is the state that was committed last. The copy is one file, closed, and not fsynced: it is made to be read
+    and removed again. Raises ReadOnly, CorruptStore or OSError, and then leaves no file.
     """
     remove_if_there(disk, path)
     remove_side_files(disk, path)
     try:
         touch(disk, path)
         with errors(path), closing(connect(disk, source)) as reader, closing(connect(disk, path)) as writer:
-            writer.execute("PRAGMA synchronous=OFF")  # one fsync at the end is enough
+            writer.execute("PRAGMA synchronous=OFF")
             reader.backup(writer)
             writer.execute("PRAGMA journal_mode=DELETE")
             meta = read_meta(writer, path)
         remove_side_files(disk, path)
-        return Copy(path, meta, *_fsync_and_hash(disk, path))
+        return Copy(path, meta, *_size_and_hash(disk, path))
     except BaseException:
         remove_if_there(disk, path)
         remove_side_files(disk, path)
@@ -436,20 +436,30 @@ def check_copy(
     """Make sure that the file at `path`, received from elsewhere, is a whole and right database, and durable; for a
     worker thread. `take` is given its keys, some at a time. Returns which state it is. Raises CorruptStore,
     StartupError or OSError."""
-    _, found = _fsync_and_hash(disk, path)
-    if sha256 is not None and found != sha256:
-        raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
+    fsync(disk, path)
+    if sha256 is not None:
+        _, found = _size_and_hash(disk, path)
+        if found != sha256:
+            raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
         for keys in verify(connection, path):  # not gently: whose data is being replaced serves nobody meanwhile
             take(keys)
         return read_meta(connection, path)
 
 
-def _fsync_and_hash(disk: Disk, path: Path) -> tuple[int, str]:
-    """Make the file's content durable; returns its bytes and its SHA-256."""
+def fsync(disk: Disk, path: Path) -> None:
+    """Make the content of the file at `path` durable. Raises OSError."""
     handle = disk.open(path)
     try:
         disk.fdatasync(handle)
+    finally:
+        disk.close(handle)
+
+
+def _size_and_hash(disk: Disk, path: Path) -> tuple[int, str]:
+    """The file's bytes, and their SHA-256."""
+    handle = disk.open_to_read(path)
+    try:
         size_bytes, sha256 = disk.size(handle), hashlib.sha256()
         for offset in range(0, size_bytes, HASHED_BYTES):
             sha256.update(disk.pread(handle, HASHED_BYTES, offset))

@@ -318,9 +318,10 @@ class Store:
         with self.working():
             return snapshot.copy(self.disk, self.path, Path(path))
 
-    def check_received(self, received: Path, sha256: str) -> tuple[Meta, KeyFilter]:
-        """Make sure that the file `received` is what was sent, whole and right, and durable; for a worker thread. Returns
-        its state and its keys, for `install`. Raises CorruptStore, StartupError or OSError."""
+    def check_received(self, received: Path, sha256: str | None = None) -> tuple[Meta, KeyFilter]:
+        """Make sure that the file `received` is whole and right, and durable; for a worker thread. `sha256`: what its hash
+        has to be, where that has not been compared yet. Returns its state and its keys, for `install`. Raises
+        CorruptStore, StartupError or OSError."""
         keys = KeyFilter(file_bytes(self.disk, received) // RECEIVED_ROW_BYTES)
         return snapshot.check_copy(self.disk, received, sha256, keys.add), keys
 

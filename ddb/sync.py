@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb import snapshot
+from ddb.arrival import Arrival
 from ddb.chronicle import Chronicle, Retention
 from ddb.config import Bounds
-from ddb.disk import Disk, OsDisk, remove_if_there, write_all
+from ddb.disk import Disk, OsDisk, remove_if_there
 from ddb.errors import CorruptStore, ReadOnly, invariant
 from ddb.kv import Machine
 from ddb.layers import KeyFilter
@@ -36,7 +37,7 @@ from ddb.store import Checkpoint, Store
 
 log = logging.getLogger(__name__)
 
-CHUNKS_IN_FLIGHT: Final = 4
+CHUNKS_IN_FLIGHT: Final = 16
 SEND_PATIENCE_S: Final = 60.0  # without an acknowledgement; the receiver verifies before the last one
 RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
 RETRY_S: Final = 5.0  # after a checkpoint that failed
@@ -73,12 +74,10 @@ class _Receiving:
     index: int
     sha256: str
     size: int
-    handle: int | None  # None once it is complete
-    received: int = 0
-
-    @property
-    def complete(self) -> bool:
-        return self.handle is None
+    file: Arrival
+    received: int = 0  # given to the worker
+    written: int = 0  # by it
+    complete: bool = False
 
 
 class Sync:
@@ -154,7 +153,7 @@ class Sync:
             self._serve(now)
         for m in ready.chunks:
             if type(m) is InstallSnapshot:
-                self._on_chunk_or_full_disk(m)
+                self._on_chunk(m)
             elif type(m) is SnapshotReply:
                 self._on_acknowledged(m, now)
 
@@ -385,15 +384,6 @@ class Sync:
 
     # --- receiving ----------------------------------------------------------------------------------------------
 
-    def _on_chunk_or_full_disk(self, m: InstallSnapshot) -> None:
-        try:
-            self._on_chunk(m)
-        except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
-            # A chunk that is not acknowledged is sent again.
-            log.error("%r: there is no room for the leader's snapshot; free some, and it goes on", self._replica)
-
     def _on_chunk(self, m: InstallSnapshot) -> None:
         receiving = self._receiving
         if self._is_useless(m.index):
@@ -404,18 +394,44 @@ class Sync:
                 return  # one is being verified; the sender will try again
             self._stop_receiving()
             log.info("%r: receiving the snapshot of %d, %d bytes", self._replica, m.index, m.size)
-            handle = self._disk.open(self._incoming_path)
-            self._receiving = receiving = _Receiving(m.src, m.index, m.sha256, m.size, handle)
-            self._disk.truncate(handle, 0)
-        if m.offset == receiving.received and receiving.handle is not None:
-            write_all(self._disk, receiving.handle, m.data, m.offset)
-            receiving.received += len(m.data)
-        self._acknowledge(m.src, m.index, receiving.received)
-        if receiving.received >= receiving.size and receiving.handle is not None:
-            self._disk.close(receiving.handle)
-            receiving.handle = None
-            path, sha256 = self._incoming_path, receiving.sha256
-            self._background(lambda: self._store.check_received(path, sha256), self._on_verified)
+            file = Arrival(self._disk, self._incoming_path, m.sha256)
+            self._receiving = receiving = _Receiving(m.src, m.index, m.sha256, m.size, file)
+        if m.offset == receiving.received and not receiving.complete:
+            self._write(receiving, m.data, m.offset)
+        else:
+            self._acknowledge(m.src, m.index, receiving.written)
+
+    def _write(self, receiving: _Receiving, data: bytes, offset: int) -> None:
+        """Have the worker write a chunk. It is acknowledged when that is done, so the sender's window is the bound of what
+        waits here."""
+        receiving.received += len(data)
+
+        def written(upto: int | None, error: Exception | None) -> None:
+            if receiving is self._receiving:
+                self._on_written(receiving, upto, error)
+
+        self._background(lambda: receiving.file.take(data, offset), written)
+
+    def _on_written(self, receiving: _Receiving, upto: int | None, error: Exception | None) -> None:
+        if upto is None:
+            receiving.received = receiving.written  # a chunk that is not acknowledged is sent again
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                log.error("%r: there is no room for the leader's snapshot; free some, and it goes on", self._replica)
+            elif isinstance(error, CorruptStore):
+                self._refuse(error)
+            elif error is not None:
+                raise error
+            return
+        receiving.written = upto
+        self._acknowledge(receiving.src, receiving.index, upto)
+        if upto >= receiving.size and not receiving.complete:
+            receiving.complete = True
+            self._background(lambda: self._verify(receiving.file), self._on_verified)
+
+    def _verify(self, file: Arrival) -> tuple[snapshot.Meta, KeyFilter]:
+        """For the worker."""
+        file.finish()
+        return self._store.check_received(file.path)
 
     def _is_useless(self, index: int) -> bool:
         """Whether the state of `index` would bring nothing that is not here."""
@@ -434,12 +450,15 @@ class Sync:
             return
         meta = None if found is None else found[0]
         if meta is None or meta.applied != receiving.index or meta.configuration is None:
-            log.error("%r: the snapshot received is of no use: %s", self._replica, error or "it is another one")
-            self._stop_receiving()
+            self._refuse(error)
             return
         self._verified = found
         if not self._at_work:
             self._install()
+
+    def _refuse(self, error: Exception | None) -> None:
+        log.error("%r: the snapshot received is of no use: %s", self._replica, error or "it is another one")
+        self._stop_receiving()
 
     def _install(self) -> None:
         """Put the verified snapshot in the state's place, and let the log go on behind it."""
@@ -471,9 +490,11 @@ class Sync:
         self._acknowledge(receiving.src, meta.applied, receiving.size, installed=True)
 
     def _stop_receiving(self) -> None:
-        if self._receiving is not None:
-            if self._receiving.handle is not None:
-                self._disk.close(self._receiving.handle)
-            self._receiving = None
+        receiving, self._receiving = self._receiving, None
+        if receiving is not None:
             self._verified = None
-            remove_if_there(self._disk, self._incoming_path)
+            self._background(receiving.file.drop, self._on_dropped)
+
+    def _on_dropped(self, _: object, error: Exception | None) -> None:
+        if error is not None:
+            log.warning("%r: %s could not be removed: %s", self._replica, self._incoming_path, error)

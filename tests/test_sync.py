@@ -127,6 +127,33 @@ def test_a_snapshot_that_arrived_damaged_replaces_nothing(receiver: Receiver) ->
     assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
 
 
+def test_what_the_disk_failed_to_keep_replaces_nothing_and_is_sent_anew(
+    receiver: Receiver, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddb.arrival.SYNC_EVERY_BYTES", 2 * CHUNK_BYTES)
+    copied, content = leaders_copy()
+    assert receiver.offer(copied, content, 0) == [(CHUNK_BYTES, False)]
+    with mock.patch.object(receiver.disk, "fdatasync", side_effect=OSError(28, "No space left on device")):
+        assert receiver.offer(copied, content, CHUNK_BYTES) == []
+    assert "of no use" in caplog.text and receiver.disk.list(HOME) == ["state.db"]
+    assert receiver.offer(copied, content, 2 * CHUNK_BYTES) == [(0, False)], "it has to begin anew"
+    assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
+
+
+def test_chunks_that_wait_behind_one_that_found_no_room_are_sent_again(receiver: Receiver) -> None:
+    copied, content = leaders_copy()
+    waiting: list[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = []
+    with mock.patch.object(receiver.sync, "_background", lambda work, done: waiting.append((work, done))):
+        for offset in range(0, 3 * CHUNK_BYTES, CHUNK_BYTES):
+            assert receiver.offer(copied, content, offset) == [], "a chunk is acknowledged when it is written"
+    receiver.disk.room_bytes = 100
+    receiver.at_once(*waiting[0])
+    receiver.disk.room_bytes = None
+    for work, done in waiting[1:]:
+        receiver.at_once(work, done)
+    assert receiver.offer_all(copied, content)[-1] == (copied.size_bytes, True)
+
+
 def test_what_an_earlier_process_left_of_a_snapshot_is_removed(receiver: Receiver) -> None:
     for name in ("incoming.db", "outgoing.db"):
         receiver.disk.put(HOME / name, b"half of it")
