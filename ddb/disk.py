@@ -52,7 +52,9 @@ class Disk(Protocol):
     def database(self, path: Path, *, frozen: bool = False) -> sqlite3.Connection:
         """A connection to the SQLite database in the existing file `path`, in autocommit mode; an empty file is an empty
         database. With `frozen`, nothing is written, not even a lock file: the caller knows that nobody changes the file.
-        Raises sqlite3.Error."""
+        While there is a connection, the file is not to be opened in another way and closed again: with the first descriptor
+        of a file that a process closes, POSIX takes all its locks on it, and another program that looked into the
+        database would then tidy the write-ahead log away under this one. Raises sqlite3.Error."""
 
     def close(self, handle: int) -> None:
         """Give the handle back."""

@@ -120,11 +120,12 @@ class Store:
             if not disk.exists(path):
                 snapshot.create(disk, path)
             touch(disk, path)  # SQLite would open a write-protected file, and fail at the first checkpoint
+            size_bytes = file_bytes(disk, path)  # asked later, it would cost SQLite its lock: see Disk.database
         except OSError as error:
             raise snapshot.not_writable(path, error) from error
         store = cls(path, disk, cache_bytes_max)
         try:
-            if file_bytes(disk, path) <= verified_at_open_bytes_max:
+            if size_bytes <= verified_at_open_bytes_max:
                 store._verify(gently=False)
         except BaseException:
             store.close()

@@ -216,6 +216,16 @@ def test_data_may_be_larger_than_the_cache(path: Path) -> None:
             assert target._cache.bytes <= 100_000
 
 
+def test_another_program_that_looks_into_the_file_takes_nothing_from_under_the_store(path: Path) -> None:
+    look = f"import sqlite3; sqlite3.connect({str(path)!r}).execute('SELECT count(*) FROM kv').fetchone()"
+    with Store.open(path) as target:
+        fill(target, 10)
+        checkpoint(target, 1)
+        subprocess.run([sys.executable, "-c", look], check=True)
+        assert path.with_name(path.name + "-wal").exists(), "the last one to close a database removes its log"
+        assert path.with_name(path.name + "-shm").exists()
+
+
 def test_the_wal_does_not_grow_from_checkpoint_to_checkpoint(path: Path) -> None:
     with Store.open(path) as target:
         for rev in range(1, 4):
