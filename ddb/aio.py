@@ -33,7 +33,7 @@ from ddb.aiolinks import Caller
 from ddb.aiooperations import Operations
 from ddb.aiorecipes import Barrier, Counter, DoubleBarrier, Election, Lock, Queue, Semaphore
 from ddb.aiowatching import Watch
-from ddb.calls import Knowledge, Listeners, Outcome, State
+from ddb.calls import Knowledge, Listeners, Outcome, State, seconds
 from ddb.client import TIMEOUT_S, addresses_of
 from ddb.driving import drive_awaiting
 from ddb.errors import BadRequest, DdbError
@@ -130,9 +130,10 @@ class Client(Operations):
         discover: bool = True,
         unreachable_s: float = TIMEOUT_S,
     ) -> None:
-        self.timeout_s = timeout_s
+        self.timeout_s = seconds(timeout_s, "timeout_s")
         self._listeners = Listeners()
-        self._known = Knowledge(tuple(servers), registry, discover, unreachable_s, on_state=self._listeners.tell)
+        patience_s = seconds(unreachable_s, "unreachable_s")
+        self._known = Knowledge(tuple(servers), registry, discover, patience_s, on_state=self._listeners.tell)
         self._caller = Caller(self._known)
         self._guests: set[Guest] = set()
 
@@ -420,7 +421,7 @@ class Client(Operations):
                     return None
 
     def _patience(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else timeout_s
+        return self.timeout_s if timeout_s is None else seconds(timeout_s, "timeout_s")
 
     # ------------------------------------------------------- its own state
 

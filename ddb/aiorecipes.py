@@ -48,7 +48,7 @@ class Semaphore(Holding[Lease]):
         >>> await lock.release()
         """
         self._free()
-        deadline_s = None if wait_s is None else now() + wait_s
+        deadline_s = plans.deadline_s(now, wait_s)
         while self._lease is None:
             try:
                 return await self._enter(deadline_s)
@@ -258,9 +258,7 @@ class Barrier(Raised[Lease]):
         >>> await db.barrier("release").wait()
         True
         """
-        return await self._client.run(
-            plans.fallen(self.prefix, Patience(now, None if wait_s is None else now() + wait_s))
-        )
+        return await self._client.run(plans.fallen(self.prefix, Patience(now, plans.deadline_s(now, wait_s))))
 
     async def clear(self) -> None:
         """Let it fall, whoever holds it: for a holder that died, and held it without a `ttl_s`.
@@ -299,7 +297,7 @@ class DoubleBarrier(Met[Lease]):
         (True, True)
         """
         lease = (await self._client.lease(self.ttl_s)).keep()
-        patience = Patience(now, None if wait_s is None else now() + wait_s, lambda: lease.until_s)
+        patience = Patience(now, plans.deadline_s(now, wait_s), lambda: lease.until_s)
         met = None
         try:
             met = await self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))
@@ -314,7 +312,7 @@ class DoubleBarrier(Met[Lease]):
         """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`."""
         lease = self._let_go()
         lease.close()
-        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        patience = Patience(now, plans.deadline_s(now, wait_s))
         return await self._client.run(plans.part(self.prefix, self._met, lease.id, patience))
 
     async def __aenter__(self) -> DoubleBarrier:
@@ -391,7 +389,7 @@ class Queue(_Sessional):
         ...     await queue.get()
         'to Ada'
         """
-        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        patience = Patience(now, plans.deadline_s(now, wait_s))
         item = await self._once(lambda numbers: plans.take(self.name, numbers, patience))
         if item is None:
             raise NotInTime(f"The queue {self.name!r} was empty for {wait_s} s.")
@@ -444,8 +442,8 @@ class Task(Claimed[Lease]):
 
     async def __aenter__(self) -> Task:
         client, name = self._queue.client, self._queue.name
+        deadline_s = plans.deadline_s(now, self._wait_s)
         lease = (await client.lease(self._ttl_s)).keep()
-        deadline_s = None if self._wait_s is None else now() + self._wait_s
         try:
             patience = Patience(now, deadline_s, lambda: lease.until_s)
             claimed = await client.run(plans.claim(name, lease.id, patience))

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from ddb import wire
-from ddb.calls import Failed, Knowledge, Sleep
+from ddb.calls import Failed, Knowledge, Sleep, seconds
 from ddb.errors import DdbError
 from ddb.following import Connect, Following, Learn, Receive, Step, Told
 from ddb.links import REPLY_BYTES_MAX, reason_of
@@ -76,7 +76,7 @@ class Watch:
         ...     await watch.wait(0.01)
         """
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(seconds(timeout_s, "timeout_s")):
                 return await anext(self, None)
         except TimeoutError:
             return None

@@ -63,6 +63,7 @@ ASIDE_S: Final = 1.0
 VOLLEY_EACH_S: Final = 0.002
 BACKOFF_FIRST_S: Final = 0.01
 BACKOFF_MAX_S: Final = 0.5
+SECONDS_MAX: Final = 1e6  # eleven days: systems count milliseconds in 31 bits
 
 REPEATABLE: Final = frozenset(
     {"ping", "status", "members", "log", "snapshot", "get", "scan", "count", "history", "nodes", "session_open",
@@ -147,6 +148,16 @@ class Failed(Exception):
         self.reason = reason
         self.sent = sent
         self.connected = connected
+
+
+def seconds(given: float, name: str) -> float:
+    """The number of seconds that was `given` as `name`, at most SECONDS_MAX. Raises BadRequest where it is no number, as
+    NaN: no moment is ever past that."""
+    if not isinstance(given, int | float):
+        raise BadRequest(f"`{name}` must be a number of seconds, not of type {type(given).__name__}.")
+    if given != given:
+        raise BadRequest(f"`{name}` must be a number of seconds, not NaN.")
+    return given if given < SECONDS_MAX else SECONDS_MAX
 
 
 class Listeners:

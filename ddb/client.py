@@ -31,7 +31,7 @@ from typing import Any, Final, TypeVar
 from ddb import keeping, questions, wire
 from ddb.attempts import Attempt, Attempts
 from ddb.caller import Callers
-from ddb.calls import Outcome, State
+from ddb.calls import Outcome, State, seconds
 from ddb.driving import drive
 from ddb.errors import BadRequest, DdbError
 from ddb.keeping import current, is_numbered
@@ -95,7 +95,9 @@ def connect(
 def addresses_of(servers: str | Sequence[str] | None, registry: str | None) -> tuple[list[str], str | None]:
     """The arguments of `connect` in their one form. Raises BadRequest where they name nobody."""
     listed = servers.split(",") if isinstance(servers, str) else list(servers or ())
-    addresses = [wire.format_address(*wire.parse_address(text)) for text in listed if text.strip()]
+    addresses = [
+        wire.format_address(*wire.parse_address(text)) for text in listed if not isinstance(text, str) or text.strip()
+    ]
     if registry is not None:
         registry = wire.format_address(*wire.parse_address(registry))
     if not addresses and registry is None:
@@ -121,8 +123,8 @@ class Client(Operations):
         discover: bool = True,
         unreachable_s: float = TIMEOUT_S,
     ) -> None:
-        self.timeout_s = timeout_s
-        self._callers = Callers(servers, registry, discover, unreachable_s)
+        self.timeout_s = seconds(timeout_s, "timeout_s")
+        self._callers = Callers(servers, registry, discover, seconds(unreachable_s, "unreachable_s"))
 
     # --------------------------------------------------------- changes
 
@@ -391,7 +393,7 @@ class Client(Operations):
                     return None
 
     def _patience(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else timeout_s
+        return self.timeout_s if timeout_s is None else seconds(timeout_s, "timeout_s")
 
     # ------------------------------------------------------- its own state
 

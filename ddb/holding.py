@@ -35,10 +35,8 @@ class Holding(Generic[L]):
     kind: ClassVar[str] = "semaphore"
 
     def __init__(self, name: str, limit: int, ttl_s: float, value: Any) -> None:
-        if limit < 1:
-            raise BadRequest("`limit` must be at least 1: how many may hold it at a time.")
         self.name = name
-        self.limit = limit
+        self.limit = _at_least_one(limit, "limit", "how many may hold it at a time")
         self.ttl_s = ttl_s
         self.value = value
         self.prefix = plans.prefix_of(self.kind, name)
@@ -140,7 +138,7 @@ class Met(Generic[L]):
 
     def __init__(self, name: str, count: int, ttl_s: float) -> None:
         self.name = name
-        self.count = count
+        self.count = _at_least_one(count, "count", "how many enter and leave together")
         self.ttl_s = ttl_s
         self.prefix = plans.prefix_of("double", name)
         self._lease: L | None = None
@@ -152,6 +150,12 @@ class Met(Generic[L]):
         if lease is None:
             raise BadRequest(f"The barrier {self.name!r} was not entered.")
         return lease
+
+
+def _at_least_one(number: int, name: str, meaning: str) -> int:
+    if not isinstance(number, int) or number < 1:
+        raise BadRequest(f"`{name}` must be a whole number, at least 1: {meaning}.")
+    return number
 
 
 class Shared:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ddb import keeping, questions
 from ddb.caller import Caller, Callers
+from ddb.calls import seconds
 from ddb.errors import BadRequest, DdbError
 from ddb.keeping import KeptLease, KeptSession
 
@@ -67,7 +68,7 @@ class Lease(KeptLease):
         >>> 9 < lease.keepalive() <= 10
         True
         """
-        self._beat(self._callers.call, self._timeout_s if timeout_s is None else timeout_s)
+        self._beat(self._callers.call, self._patience(timeout_s))
         return self.remaining_s
 
     def revoke(self, *, timeout_s: float | None = None) -> None:
@@ -80,9 +81,8 @@ class Lease(KeptLease):
         False
         """
         self.close()
-        patience_s = self._timeout_s if timeout_s is None else timeout_s
         try:
-            self._callers.call(questions.lease_revoke(self.id).request, None, patience_s)
+            self._callers.call(questions.lease_revoke(self.id).request, None, self._patience(timeout_s))
         except BadRequest as error:
             if "lease" not in error.fields:
                 raise
@@ -129,6 +129,9 @@ class Lease(KeptLease):
             self.revoke()
         except DdbError as error:
             _log.warning("what hangs on lease %d is free only when that has run out: %s", self.id, error)
+
+    def _patience(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else seconds(timeout_s, "timeout_s")
 
     def _beat(self, call: Callable[[dict[str, Any], str | None, float], Any], timeout_s: float) -> None:
         sent_s = now()

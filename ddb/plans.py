@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from ddb import questions
+from ddb.calls import SECONDS_MAX, seconds
 from ddb.commands import KEY_BYTES_MAX
 from ddb.errors import BadRequest, Compacted, DdbError, LockLost, TooLarge
 from ddb.keeping import Numbers
@@ -80,6 +81,14 @@ def ask(question: Question[T], numbers: Numbers | None = None) -> Plan[T]:
     """The plan of one question."""
     answer: T = yield Ask(question, numbers)
     return answer
+
+
+def deadline_s(now: Callable[[], float], wait_s: float | None) -> float | None:
+    """The moment by the clock `now` until which one waits who waits for `wait_s`; None: for ever. Raises BadRequest where
+    that is no number of seconds."""
+    if wait_s is None or seconds(wait_s, "wait_s") >= SECONDS_MAX:
+        return None
+    return now() + wait_s
 
 
 @dataclass(frozen=True, slots=True)

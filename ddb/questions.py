@@ -6,7 +6,7 @@ else, so that the blocking client, the asyncio client, pipelines and recipes can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -65,7 +65,7 @@ def put(key: str, value: Any, if_: Conditions | None = None, lease: int | HasId 
     """Set a key."""
     request = {"op": "put", "key": key, "value": to_wire(value), **_conditions(if_)}
     if lease is not None:
-        request["lease"] = lease if isinstance(lease, int) else lease.id
+        request["lease"] = lease if isinstance(lease, int) else getattr(lease, "id", lease)
     return Question(request, _put_result)
 
 
@@ -152,7 +152,7 @@ def txn(
     if_: Conditions, then: Sequence[Mapping[str, Any]], else_: Sequence[Mapping[str, Any]] = ()
 ) -> Question[TxnResult]:
     """Conditions, and what to do where they hold and where not."""
-    conditions = [if_] if isinstance(if_, Mapping) else list(if_)
+    conditions = [if_] if isinstance(if_, Mapping) else _listed(if_)
     request = to_wire({"op": "txn", "if": conditions, "then": list(then), "else": list(else_)})
     return Question(request, _txn_result)
 
@@ -259,7 +259,14 @@ def _given(**fields: Any) -> dict[str, Any]:
 def _conditions(if_: Conditions | None) -> dict[str, Any]:
     if if_ is None:
         return {}
-    return {"if": to_wire(if_ if isinstance(if_, Mapping) else list(if_))}
+    return {"if": to_wire(if_ if isinstance(if_, Mapping) else _listed(if_))}
+
+
+def _listed(conditions: Sequence[Condition]) -> list[Condition]:
+    """Several conditions. Raises BadRequest for what else can be gone through, or not: "" is none, and asks for none."""
+    if isinstance(conditions, str | bytes) or not isinstance(conditions, Iterable):
+        raise BadRequest(f'A condition is an object like {{"rev": 12}}, not of type {type(conditions).__name__}.')
+    return list(conditions)
 
 
 def _reading(read: Consistency, max_lag_s: float | None) -> dict[str, Any]:

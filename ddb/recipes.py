@@ -53,7 +53,7 @@ class Semaphore(Holding[Lease]):
         >>> lock.release()
         """
         self._free()
-        deadline_s = None if wait_s is None else now() + wait_s
+        deadline_s = plans.deadline_s(now, wait_s)
         while self._lease is None:
             try:
                 return self._enter(deadline_s)
@@ -263,7 +263,7 @@ class Barrier(Raised[Lease]):
         >>> db.barrier("release").wait()
         True
         """
-        return self._client.run(plans.fallen(self.prefix, Patience(now, None if wait_s is None else now() + wait_s)))
+        return self._client.run(plans.fallen(self.prefix, Patience(now, plans.deadline_s(now, wait_s))))
 
     def clear(self) -> None:
         """Let it fall, whoever holds it: for a holder that died, and held it without a `ttl_s`.
@@ -302,7 +302,7 @@ class DoubleBarrier(Met[Lease]):
         (True, True)
         """
         lease = self._client.lease(self.ttl_s).keep()
-        patience = Patience(now, None if wait_s is None else now() + wait_s, lambda: lease.until_s)
+        patience = Patience(now, plans.deadline_s(now, wait_s), lambda: lease.until_s)
         met = None
         try:
             met = self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))
@@ -317,7 +317,7 @@ class DoubleBarrier(Met[Lease]):
         """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`."""
         lease = self._let_go()
         lease.close()
-        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        patience = Patience(now, plans.deadline_s(now, wait_s))
         return self._client.run(plans.part(self.prefix, self._met, lease.id, patience))
 
     def __enter__(self) -> DoubleBarrier:
@@ -394,7 +394,7 @@ class Queue(_Sessional):
         ...     queue.get()
         'to Ada'
         """
-        patience = Patience(now, None if wait_s is None else now() + wait_s)
+        patience = Patience(now, plans.deadline_s(now, wait_s))
         item = self._once(lambda numbers: plans.take(self.name, numbers, patience))
         if item is None:
             raise NotInTime(f"The queue {self.name!r} was empty for {wait_s} s.")
@@ -445,8 +445,8 @@ class Task(Claimed[Lease]):
 
     def __enter__(self) -> Task:
         client, name = self._queue.client, self._queue.name
+        deadline_s = plans.deadline_s(now, self._wait_s)
         lease = client.lease(self._ttl_s).keep()
-        deadline_s = None if self._wait_s is None else now() + self._wait_s
         try:
             patience = Patience(now, deadline_s, lambda: lease.until_s)
             claimed = client.run(plans.claim(name, lease.id, patience))

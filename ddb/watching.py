@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from ddb import wire
-from ddb.calls import Failed, Knowledge, Sleep
+from ddb.calls import Failed, Knowledge, Sleep, seconds
 from ddb.errors import DdbError, NotInTime
 from ddb.following import Connect, Following, Learn, Receive, Step, Told
 from ddb.links import ready, reason_of
@@ -83,7 +83,7 @@ class Watch:
         >>> with db.watch("city") as watch:
         ...     watch.wait(0.01)
         """
-        until_s = time.monotonic() + timeout_s
+        until_s = time.monotonic() + seconds(timeout_s, "timeout_s")
         while not self._closed.is_set():
             try:
                 event = self._advance(until_s)

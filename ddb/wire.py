@@ -441,6 +441,8 @@ class LineBuffer:
 @lru_cache(1024)
 def parse_address(text: str) -> tuple[str, int]:
     """Host and port of `HOST:PORT`, `[IPV6]:PORT` or `http://HOST:PORT/`. Raises BadRequest with a sentence."""
+    if not isinstance(text, str):
+        raise BadRequest(f"An address is a string like HOST:PORT, not of type {type(text).__name__}.")
     rest = text.strip()
     if rest[:7].lower() == "http://":
         rest = rest[7:].removesuffix("/")

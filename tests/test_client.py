@@ -343,13 +343,31 @@ def test_a_registry_without_nodes_is_asked_until_time_is_up(server: FakeServer) 
     assert len(server.requests) > 1
 
 
-@pytest.mark.parametrize("servers", ["", ",", "host", "host:port", "host:99999", ":80"])
-def test_an_address_that_is_none_is_refused_before_anything_is_sent(servers: str) -> None:
+@pytest.mark.parametrize("servers", ["", ",", "host", "host:port", "host:99999", ":80", [5], [None], [b"h:1"]])
+def test_an_address_that_is_none_is_refused_before_anything_is_sent(servers: Any) -> None:
     with pytest.raises(errors.BadRequest):
         ddb.connect(servers)
 
 
 # How it ends
+
+
+@pytest.mark.parametrize("condition", ["", b"", "rev", 5, True, object()])
+def test_a_condition_that_is_none_is_refused_rather_than_left_out(server: FakeServer, condition: Any) -> None:
+    with client_of(server) as db:
+        for call in (lambda: db.put("a", 1, if_=condition), lambda: db.delete("a", if_=condition)):
+            with pytest.raises(errors.BadRequest, match="A condition is an object like"):
+                call()
+        with pytest.raises(errors.BadRequest, match="A condition is an object like"):
+            db.txn(condition, [])
+    assert not server.requests
+
+
+@pytest.mark.parametrize("lease", [1.5, "7", b"7"])
+def test_what_is_no_lease_is_sent_for_the_server_to_refuse_or_refused(server: FakeServer, lease: Any) -> None:
+    server.answer = lambda request: failure("bad_request")
+    with client_of(server) as db, pytest.raises(errors.BadRequest):
+        db.put("a", 1, lease=lease)
 
 
 def test_ctrl_c_ends_a_call_at_once_and_leaves_the_client_usable(server: FakeServer) -> None:

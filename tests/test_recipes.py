@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -62,6 +63,53 @@ def test_the_longest_name_there_can_be_and_any_character_make_a_recipe_that_work
         with queue.take(wait_s=1) as task:
             assert task.value == "first"
         assert counter.incr() == 1
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, "2", None, float("nan")])
+def test_how_many_is_a_whole_number_from_one_on(db: Any, number: Any) -> None:
+    for make in (db.semaphore, db.double_barrier):
+        with pytest.raises(errors.BadRequest, match="must be a whole number, at least 1"):
+            make("name", number)
+
+
+@pytest.mark.parametrize("wait_s", ["5", b"5", [], float("nan"), 1j])
+def test_who_waits_for_no_number_of_seconds_is_told_so_and_waits_for_nothing(client: Client, wait_s: Any) -> None:
+    calls = [
+        client.lock("l").acquire,
+        client.semaphore("s", 1).acquire,
+        lambda wait_s: client.election("e").campaign("me", wait_s),
+        lambda wait_s: client.lock("l", wait_s=wait_s).__enter__(),
+        client.barrier("b").wait,
+        client.double_barrier("d", 2).enter,
+        client.queue("q").get,
+        lambda wait_s: client.queue("q").take(wait_s).__enter__(),
+        client.watch("k").wait,
+        lambda timeout_s: client.get("k", timeout_s=timeout_s),
+        lambda timeout_s: client.lease(1).keepalive(timeout_s=timeout_s),
+        lambda timeout_s: ddb.connect(NOBODY, timeout_s=timeout_s),
+        lambda unreachable_s: aio.connect(NOBODY, unreachable_s=unreachable_s),
+    ]
+    for call in calls:
+        with pytest.raises(errors.BadRequest, match="must be a number of seconds, not "):
+            call(wait_s)
+    assert not client.count("ddb/")
+
+
+@pytest.mark.parametrize("wait_s", [float("inf"), 1e300, 10**400, None])
+def test_who_has_for_ever_waits_as_long_as_it_takes(client: Client, wait_s: Any) -> None:
+    with client.queue("q") as queue, client.barrier("b") as barrier, client.watch("k") as watch:
+        taken: list[Any] = []
+        waits = [lambda: taken.append(queue.get(wait_s)), lambda: taken.append(client.barrier("b").wait(wait_s))]
+        threads = [threading.Thread(target=wait) for wait in waits]
+        for thread in threads:
+            thread.start()
+        client.put("k", 1, timeout_s=wait_s)
+        assert wait_s is None or watch.wait(wait_s) is not None
+        queue.put("letter")
+        barrier.release()
+        for thread in threads:
+            thread.join(10)
+    assert sorted(map(str, taken)) == ["True", "letter"]
 
 
 def test_what_did_not_come_in_time_is_no_unknown_outcome() -> None:
