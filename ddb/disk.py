@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import weakref
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import quote
@@ -56,6 +57,10 @@ class Disk(Protocol):
         of a file that a process closes, POSIX takes all its locks on it, and another program that looked into the
         database would then tidy the write-ahead log away under this one. Raises sqlite3.Error."""
 
+    def still(self, path: Path) -> Still | None:
+        """The bytes of the database in the file `path` as they are now, without a copy; None where they can't be had so.
+        Nobody may write to it during the call. Raises sqlite3.Error, OSError."""
+
     def close(self, handle: int) -> None:
         """Give the handle back."""
 
@@ -85,6 +90,18 @@ class Disk(Protocol):
 
     def remove(self, path: Path) -> None:
         """Remove the name `path`. Raises FileNotFoundError where it is not there."""
+
+
+class Still(Protocol):
+    """The bytes of a database, of which none changes before `close`, whatever is committed meanwhile."""
+
+    size_bytes: int
+
+    def read(self, count: int, offset: int) -> bytes:
+        """Up to `count` bytes from `offset` on; fewer only at the end. Raises OSError."""
+
+    def close(self) -> None:
+        """Let the file change again. May be called twice."""
 
 
 def write_all(disk: Disk, handle: int, data: bytes, offset: int) -> None:
@@ -155,6 +172,10 @@ _fdatasync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 class OsDisk:
     """The operating system's own files."""
 
+    def __init__(self) -> None:
+        self._raw: dict[tuple[int, int], int] = {}  # descriptors of databases, by device and inode: see Disk.database
+        weakref.finalize(self, _close_all, self._raw)  # whoever has a connection has this disk, too
+
     def make_directory(self, path: Path) -> None:
         """Make `path` and fsync what it was made in, at every level."""
         missing = [p for p in (path, *path.parents) if not p.exists()]
@@ -207,6 +228,33 @@ class OsDisk:
             timeout=DATABASE_PATIENCE_S,
         )
 
+    def still(self, path: Path) -> OsStill | None:
+        """A reader that found the write-ahead log empty reads the database file alone, and while it does, SQLite moves
+        nothing from the log into that file (wal.c, WAL_READ_LOCK(0))."""
+        connection = self.database(path)
+        try:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            connection.execute("BEGIN")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if _size_if_there(Path(f"{path}-wal")) == 0:
+                return OsStill(connection, self._raw_descriptor(path))
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+        return None
+
+    def _raw_descriptor(self, path: Path) -> int:
+        """A descriptor of the database at `path`. It stays open as long as this disk is there, or until there is another file
+        at `path`, for closing it would cost SQLite its locks."""
+        status = os.stat(path)
+        inode = status.st_dev, status.st_ino
+        if inode not in self._raw:
+            for other in [other for other, handle in self._raw.items() if os.fstat(handle).st_nlink == 0]:
+                os.close(self._raw.pop(other))  # nobody has a connection to a file that was replaced
+            self._raw[inode] = self.open_to_read(path)
+        return self._raw[inode]
+
     def close(self, handle: int) -> None:
         """os.close."""
         os.close(handle)
@@ -253,3 +301,32 @@ class OsDisk:
     def remove(self, path: Path) -> None:
         """os.remove."""
         os.remove(path)
+
+
+class OsStill:
+    """A Still of an OsDisk: a transaction that keeps SQLite from writing into the file, and a descriptor to read it by."""
+
+    def __init__(self, connection: sqlite3.Connection, handle: int) -> None:
+        self.size_bytes = os.fstat(handle).st_size
+        self._connection = connection
+        self._handle = handle
+
+    def read(self, count: int, offset: int) -> bytes:
+        """See Still."""
+        return os.pread(self._handle, count, offset)
+
+    def close(self) -> None:
+        """See Still."""
+        self._connection.close()
+
+
+def _size_if_there(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _close_all(handles: dict[tuple[int, int], int]) -> None:
+    for handle in handles.values():
+        os.close(handle)

@@ -166,6 +166,24 @@ class Fault:
         return self.calls >= self.nth and (self.times is None or self.calls < self.nth + self.times)
 
 
+class SimStill:
+    """A disk.Still: what a file held at a moment."""
+
+    def __init__(self, disk: SimDisk, path: Path, content: bytes) -> None:
+        self.size_bytes = len(content)
+        self._disk = disk
+        self._path = path
+        self._content = content
+
+    def read(self, count: int, offset: int) -> bytes:
+        """See Still."""
+        self._disk._called("pread", self._path)
+        return self._content[offset : offset + count]
+
+    def close(self) -> None:
+        """See Still."""
+
+
 class SimDisk:
     """A `ddb.disk.Disk` for one process, and what may happen to it.
 
@@ -431,6 +449,11 @@ class SimDisk:
         connection = SimConnection(self, self._next_handle, file, memory, frozen)
         self.connections[self._next_handle] = connection
         return cast(sqlite3.Connection, connection)
+
+    def still(self, path: Path) -> SimStill:
+        """See Disk."""
+        self._called("still", path)
+        return SimStill(self, path, bytes(self._existing(path).now))
 
     def commit(self, file: File, content: bytes, durable: bool) -> None:
         """A connection has committed `content`. Raises sqlite3.OperationalError where the disk refuses it."""

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from operator import eq, lt, mul
 from pathlib import Path
@@ -38,7 +39,7 @@ from zlib import crc32
 
 from ddb import annals
 from ddb.annals import HISTORY, Kept
-from ddb.disk import Disk, fsync_directory, remove_if_there, touch
+from ddb.disk import Disk, fsync_directory, remove_if_there, touch, write_all
 from ddb.errors import CorruptStore, ReadOnly, StartupError
 from ddb.kv import DIGEST_MASK, Row, checksum
 from ddb.ledger import record_checksum
@@ -61,6 +62,7 @@ SELECT_CHECKED: Final = (  # what kv.checksum is of
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
 HASHED_BYTES: Final = 256 << 10  # read in one go
+COPIED_BYTES: Final = 1 << 20
 RECORDS_AT_ONCE: Final = 500
 PAUSE_EVERY_ROWS: Final = 500
 FAILURES: Final = (sqlite3.Error, UnicodeDecodeError)  # the second: damage that SQLite quotes in what it says of it
@@ -88,6 +90,19 @@ class Copy:
     meta: Meta
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A snapshot to be sent, with what the receiver needs to check it. `read(count, offset)` gives its bytes, until `close`.
+    `still`: they are the database's own file, into which SQLite can move nothing until then."""
+
+    meta: Meta
+    size_bytes: int
+    sha256: str
+    read: Callable[[int, int], bytes]
+    close: Callable[[], None]
+    still: bool
 
 
 # ------------------------------------------------------------- connections
@@ -428,6 +443,53 @@ def copy(disk: Disk, source: Path, path: Path) -> Copy:
         remove_if_there(disk, path)
         remove_side_files(disk, path)
         raise
+
+
+def source(disk: Disk, database: Path, path: Path) -> Source:
+    """The database as it was committed last, to be sent: its own file where it can be kept still, or else a copy of it at
+    `path`; for a worker thread. Nobody may write to it during the call. Raises ReadOnly, CorruptStore or OSError."""
+    with errors(database):
+        still = disk.still(database)
+        if still is None:
+            return _copied_source(disk, copy(disk, database, path))
+        try:
+            with closing(connect(disk, database)) as connection:
+                meta = read_meta(connection, database)
+            sha256 = hashlib.sha256()
+            for offset in range(0, still.size_bytes, HASHED_BYTES):
+                sha256.update(still.read(HASHED_BYTES, offset))
+        except BaseException:
+            still.close()
+            raise
+        return Source(meta, still.size_bytes, sha256.hexdigest(), still.read, still.close, True)
+
+
+def spared(disk: Disk, still: Source, path: Path) -> Source:
+    """The same bytes as `still`, which may then be closed, in a file at `path`; for a worker thread. Raises OSError, and then
+    leaves no file."""
+    try:
+        handle = disk.open(path)
+        try:
+            disk.truncate(handle, 0)
+            for offset in range(0, still.size_bytes, COPIED_BYTES):
+                write_all(disk, handle, still.read(COPIED_BYTES, offset), offset)
+        finally:
+            disk.close(handle)
+    except BaseException:
+        remove_if_there(disk, path)
+        raise
+    return _copied_source(disk, Copy(path, still.meta, still.size_bytes, still.sha256))
+
+
+def _copied_source(disk: Disk, copied: Copy) -> Source:
+    handle = disk.open_to_read(copied.path)
+
+    def close() -> None:
+        disk.close(handle)
+        remove_if_there(disk, copied.path)
+
+    read = partial(disk.pread, handle)
+    return Source(copied.meta, copied.size_bytes, copied.sha256, read, close, False)
 
 
 def check_copy(

@@ -25,7 +25,10 @@ hands SQLite 500 rows with one statement, during which it doesn't hold the inter
 would fight for it 500 times), and sorts the keys in slices, pausing in between. Sorted keys let SQLite fill one page after another
 instead of seeking each.
 
-Threads: everything belongs to the loop thread, but for `Checkpoint.write`, `copy_to` and `verify`, which open
+What is sent to another member is the file itself: a reader keeps it as it is meanwhile, and checkpoints wait in SQLite's
+write-ahead log, where they are as durable and as readable, and are moved with the first one after it.
+
+Threads: everything belongs to the loop thread, but for `Checkpoint.write`, `copy_to`, `source` and `verify`, which open
 their own connection, and of which one runs at a time.
 """
 
@@ -51,7 +54,7 @@ from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
 from ddb.ledger import Ledger, Records
 from ddb.messages import Configuration
-from ddb.snapshot import Copy, Meta, corrupt, errors, translated
+from ddb.snapshot import Copy, Meta, Source, corrupt, errors, translated
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,8 @@ class Store:
         self._filter: KeyFilter | None = None
         self._cache_bytes_max = cache_bytes_max
         self._working = threading.Lock()
+        self.held = False  # by a source that is sent: the file must not change
+        self.waiting_checkpoints = 0  # in the write-ahead log because of that
         self._checkpoint: Checkpoint | None = None
         self._flushing: Layer | None = None
         self._reader: sqlite3.Connection | None = None
@@ -319,6 +324,22 @@ class Store:
         with self.working():
             return snapshot.copy(self.disk, self.path, Path(path))
 
+    def source(self, path: Path) -> Source:
+        """The last checkpoint, to be sent; for a worker thread. Until the source is closed, checkpoints stay in the
+        write-ahead log where it is `still`. Otherwise it is a copy at `path`. Raises ReadOnly, CorruptStore or OSError."""
+        with self.working():
+            found = snapshot.source(self.disk, self.path, path)
+        if not found.still:
+            return found
+        self.waiting_checkpoints = 0
+        self.held = True
+
+        def close() -> None:
+            self.held = False
+            found.close()
+
+        return replace(found, close=close)
+
     def check_received(self, received: Path, sha256: str | None = None) -> tuple[Meta, KeyFilter]:
         """Make sure that the file `received` is whole and right, and durable; for a worker thread. `sha256`: what its hash
         has to be, where that has not been compared yet. Returns its state and its keys, for `install`. Raises
@@ -495,7 +516,10 @@ class Checkpoint:
             finally:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-            self._empty_wal(connection)
+            if store.held:
+                store.waiting_checkpoints += 1
+            else:
+                self._empty_wal(connection)
         logger.info("%r written in %.3f s", self, time.monotonic() - started)
 
     def _write_rows(self, connection: sqlite3.Connection, keys: list[str]) -> None:

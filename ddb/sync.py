@@ -7,7 +7,7 @@ Laws:
 * While a snapshot is on its way, the log behind it is kept, so that it can take over where the snapshot ends.
 
 Theory. A member whose log lags behind what the leader still has, or whose data proved wrong, is sent a *copy* of the
-leader's newest checkpoint: one SQLite file, in chunks, a few of them in flight, acknowledged by the offset up to which
+leader's newest checkpoint: one SQLite file, as it is on the leader's disk, in chunks, a few of them in flight, acknowledged by the offset up to which
 the file has arrived (Raft §7). An acknowledgement that goes back asks for a restart; where none comes, chunks are sent
 again. What takes long (writing a checkpoint, copying, verifying) runs in the `background`, a function
 `background(work, done)` that calls `done(result, error)` on the loop; everything else is done on the loop.
@@ -114,9 +114,9 @@ class Sync:
         self._request_at = 0.0
         self._begun: tuple[Checkpoint, int, Callable[[], None]] | None = None  # until its index is durable in the log
         self._checkpoint_waiters: list[tuple[int, Waiter]] = []  # each with the index that it wants on disk
-        self._copy: snapshot.Copy | None = None
-        self._copy_handle: int | None = None
+        self._copy: snapshot.Source | None = None
         self._copying = False
+        self._sparing = False
         self._at_work = 0  # jobs in the background that have the store's file open
         self._wanted_by: set[str] = set()
         self._wanted_index = 0  # a copy has what was applied when it was wanted; more would be a race with the writes
@@ -209,6 +209,7 @@ class Sync:
         if applied == store.meta.applied:
             self._tell_checkpoint_waiters(None)
             return
+        self._spare_file()
         term = self._raft.log.term_at(applied)
         invariant(term is not None, "the log still has the last applied entry")
         bytes_before, self._bytes_since = self._bytes_since, 0
@@ -306,14 +307,14 @@ class Sync:
                     self._sendings[peer] = _Sending(0, 0, now + SEND_PATIENCE_S, now + RESEND_S)
                     self._send_chunks(peer)
             self._wanted_by.clear()
-        elif not self._copying and not self._store.checkpointing:
+        elif not (self._copying or self._sparing or self._store.checkpointing):
             if self._store.meta.applied < self._wanted_index and now >= self._retry_at:
                 self.checkpoint(None, now)
             elif self._store.meta.applied:
                 self._copying = True
-                self._in_store(lambda: self._store.copy_to(self._copy_path), self._copied)
+                self._in_store(lambda: self._store.source(self._copy_path), self._copied)
 
-    def _copied(self, copy: snapshot.Copy | None, error: Exception | None) -> None:
+    def _copied(self, copy: snapshot.Source | None, error: Exception | None) -> None:
         self._copying = False
         if copy is None:
             log.error("%r: no copy of the snapshot could be made: %s", self._replica, error)
@@ -322,17 +323,36 @@ class Sync:
             self._wanted_by.clear()
             return
         self._copy = copy
-        self._copy_handle = self._disk.open_to_read(copy.path)
+
+    def _spare_file(self) -> None:
+        """Go on from a copy where the sending takes longer than from one checkpoint to the next: what waits in the write-ahead
+        log of the database, because its file is being sent, would grow without end."""
+        source = self._copy
+        if source is None or not source.still or self._sparing or not self._store.waiting_checkpoints:
+            return
+
+        def spared(copy: snapshot.Source | None, error: Exception | None) -> None:
+            self._sparing = False
+            if copy is None:
+                log.error("%r: no copy of the snapshot could be made: %s", self._replica, error)
+            elif self._copy is source:
+                self._copy = copy
+                source.close()
+            else:
+                copy.close()
+
+        self._sparing = True
+        self._in_store(lambda: snapshot.spared(self._disk, source, self._copy_path), spared)
 
     def _send_chunks(self, peer: str) -> None:
-        sending, copy, handle = self._sendings[peer], self._copy, self._copy_handle
+        sending, copy = self._sendings[peer], self._copy
         if not self._replica.is_leader:
             return  # the term that has come is another's: a chunk in its name would pass for its leader's word
-        if copy is None or handle is None:
+        if copy is None:
             return
         window_end = sending.acknowledged + CHUNKS_IN_FLIGHT * self._chunk_bytes
         while sending.next < min(window_end, copy.size_bytes):
-            data = self._disk.pread(handle, self._chunk_bytes, sending.next)
+            data = copy.read(self._chunk_bytes, sending.next)
             meta, raft = copy.meta, self._raft
             self._replica.send(
                 InstallSnapshot(
@@ -376,11 +396,9 @@ class Sync:
             self._drop_copy()
 
     def _drop_copy(self) -> None:
-        if self._copy_handle is not None:
-            self._disk.close(self._copy_handle)
-            self._copy_handle = None
-            remove_if_there(self._disk, self._copy_path)
-        self._copy = None
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            copy.close()
 
     # --- receiving ----------------------------------------------------------------------------------------------
 
@@ -471,6 +489,9 @@ class Sync:
             return
         raft = self._raft
         fits = meta.applied > raft.commit or raft.log.base_index <= meta.applied
+        for peer in list(self._sendings):
+            self._give_up(peer, "what it was sent is replaced")
+        self._drop_copy()  # it keeps the file as it is
         if not self._is_useless(meta.applied) and fits:
             if self._begun is not None:
                 self._store.abandon_checkpoint(self._begun[0])

@@ -899,6 +899,61 @@ def test_a_copy_can_be_made_while_checkpoints_go_on(path: Path, tmp_path: Path) 
             assert check_copy(OsDisk(), copies[-1].path, copies[-1].sha256).applied in (rev - 1, rev)
 
 
+def test_what_is_sent_stays_as_it_was_while_checkpoints_go_on_and_then_the_log_is_emptied(
+    path: Path, tmp_path: Path
+) -> None:
+    wal = path.with_name(path.name + "-wal")
+    with Store.open(path) as target:
+        fill(target, 500)
+        checkpoint(target, 1)
+        sent = target.source(tmp_path / "copy.db")
+        assert sent.still and not (tmp_path / "copy.db").exists()
+        content = sent.read(sent.size_bytes, 0)
+        for rev in (2, 3):
+            rows = fill(target, 2000, rev)
+            checkpoint(target, rev)
+        assert sent.read(sent.size_bytes + 1, 0) == content == path.read_bytes()
+        assert (target.waiting_checkpoints, target.meta.applied) == (2, 3)
+        assert dict(target.rows()) == rows and wal.stat().st_size > 0
+        spared = snapshot.spared(target.disk, sent, tmp_path / "copy.db")
+        sent.close()
+        checkpoint(target, 4)
+        assert wal.stat().st_size == 0, "what has waited is moved with the next checkpoint"
+        assert spared.read(spared.size_bytes, 0) == content
+        assert check_copy(target.disk, tmp_path / "copy.db", sent.sha256) == sent.meta == spared.meta
+        assert sent.meta.applied == 1
+        spared.close()
+        assert not (tmp_path / "copy.db").exists()
+
+
+def test_what_is_sent_is_a_copy_where_the_log_can_not_be_emptied(path: Path, tmp_path: Path) -> None:
+    with Store.open(path) as target:
+        fill(target, 500)
+        checkpoint(target, 1)
+        first = target.source(tmp_path / "one.db")
+        fill(target, 500, 2)
+        checkpoint(target, 2)
+        with mock.patch.object(target.disk, "database", impatient(target.disk)):
+            second = target.source(tmp_path / "two.db")
+        assert (first.still, second.still, second.meta.applied) == (True, False, 2)
+        assert check_copy(target.disk, tmp_path / "two.db", second.sha256) == target.meta
+        first.close()
+        second.close()
+        assert not (tmp_path / "two.db").exists()
+
+
+def impatient(disk: Disk) -> Callable[..., sqlite3.Connection]:
+    """`disk.database`, whose connections wait for no lock."""
+    database = disk.database
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        connection = database(*arguments, **options)
+        connection.execute("PRAGMA busy_timeout=0")
+        return connection
+
+    return connect
+
+
 def test_an_installed_copy_replaces_everything(path: Path, tmp_path: Path) -> None:
     with Store.open(tmp_path / "leader.db") as leader:
         rows = fill(leader, 300, 9)

@@ -83,3 +83,26 @@ def test_a_snapshot_arrives_however_many_of_its_messages_get_lost(seed: int, sha
     pair.replica.raft.snapshot_failed.assert_not_called()
     assert pair.now < 1.0 or share
     pair.close()
+
+
+def test_sending_goes_on_from_a_copy_where_it_outlasts_a_checkpoint() -> None:
+    pair = Pair()
+    pair.replica.raft.durable = 1000
+    pair.replica.raft.log.base_index = pair.replica.raft.log.let_go = 0
+    pair.replica.raft.log.term_at.return_value = 3
+    pair.replica.raft.config_at.return_value = Configuration("c", "bully", MEMBERS)
+    pair.sync.work(Ready(needs_snapshot=["id2"]), 0.0)
+    pair.sync.work(Ready(), 0.0)
+    chunks = pair.said(pair.replica)
+    for applied in (51, 52):
+        assert pair.disk.list(HOME) == ["state.db"], "one checkpoint may wait"
+        pair.replica.machine.applied = applied
+        pair.sync.checkpoint(None, 0.0)
+    assert pair.disk.list(HOME) == ["outgoing.db", "state.db"]
+    for chunk in chunks:
+        pair.receiver.sync.work(Ready(chunks=[chunk]), 0.0)
+    pair.run(random.Random(1), 0.0)
+    assert pair.receiver.store.meta.applied == 50 and pair.store.meta.applied == 52
+    pair.sync.tick(pair.now)
+    assert pair.disk.list(HOME) == ["state.db"]
+    pair.close()
