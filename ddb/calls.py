@@ -63,6 +63,7 @@ ASIDE_S: Final = 1.0
 VOLLEY_EACH_S: Final = 0.002
 BACKOFF_FIRST_S: Final = 0.01
 BACKOFF_MAX_S: Final = 0.5
+SERVERS_MAX_S: Final = 3600.0  # what docs/protocol.md allows of `timeout`
 SECONDS_MAX: Final = 1e6  # eleven days: systems count milliseconds in 31 bits
 
 REPEATABLE: Final = frozenset(
@@ -396,8 +397,7 @@ class _Call:
         now_s = self.now()
         again = self.repeatable or self.numbered
         until_s = min(self.deadline_s, now_s + self.attempt_s) if again else self.deadline_s
-        # The server is given less time than the client takes, so that its verdict ("nothing happened") still arrives.
-        self.request["timeout"] = max(round(0.9 * (until_s - now_s), 3), 0.001)
+        self.request["timeout"] = _servers_s(until_s - now_s)
         try:
             reply = yield from _ask(address, self.request, until_s)
         except Failed as failure:
@@ -526,7 +526,7 @@ class _Salvo:
         patience_s = self.lead.attempt_s + VOLLEY_EACH_S * len(calls)
         until_s = min(self.lead.deadline_s, now_s + patience_s) if again else self.lead.deadline_s
         for call in calls:
-            call.request["timeout"] = max(round(0.9 * (until_s - now_s), 3), 0.001)
+            call.request["timeout"] = _servers_s(until_s - now_s)
         return Volley(address, tuple(wire.encode(call.request) for call in calls), until_s)
 
     def _settle(self, address: str, answers: list[bytes | Failed]) -> None:
@@ -562,6 +562,12 @@ class _Salvo:
         else:
             self.outcomes[position] = error
         return goes_on
+
+
+def _servers_s(patience_s: float) -> float:
+    """How long a server is given, where the client waits for `patience_s`: less, so that its verdict ("nothing happened")
+    still arrives, and no more than it takes on."""
+    return min(max(round(0.9 * patience_s, 3), 0.001), SERVERS_MAX_S)
 
 
 def _ask(address: str, request: Mapping[str, Any], until_s: float) -> Generator[Effect, bytes | None, Any]:

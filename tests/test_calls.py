@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from ddb import calls, errors
 from ddb.calls import Effect, Exchange, Failed, Keep, Knowledge, Sleep, Steps
 from ddb.driving import drive, drive_awaiting
+from ddb.service import TIMEOUT_MAX_S
 from tests.harness import REPOSITORY
 
 A, B, C, REGISTRY = "a:1", "b:2", "c:3", "registry:9"
@@ -557,6 +558,14 @@ def test_a_call_given_up_at_any_step_leaves_nothing_behind(at: int, interrupt: t
     world.effects.clear()
     assert world.call(knowledge, PUT)["rev"] in (1, 2)
     assert knowledge.servers == (A, B), "what was to be learnt is learnt the next time"
+
+
+def test_a_server_is_given_less_time_than_the_client_takes_and_no_more_than_it_takes_on() -> None:
+    for patience_s, given_s in ((10.0, 9.0), (1e-9, 0.001), (1e6, TIMEOUT_MAX_S)):
+        world = World(a=[ok()])
+        world.now_s = 0.0
+        world.call(knowing(A), PUT, patience_s)
+        assert json.loads(world.exchanges[0].payload)["timeout"] == given_s
 
 
 def test_closing_a_call_that_waits_makes_no_further_step() -> None:
