@@ -233,15 +233,16 @@ class Barrier(Raised[Lease]):
         """
         if self._key is not None:
             return
-        if self.ttl_s is None:
-            number = int.from_bytes(os.urandom(8))
-        else:
-            self._lease = (await self._client.lease(self.ttl_s)).keep()
-            number = self._lease.id
-        key = plans.key_of(self.prefix, number)
-        put = questions.put(key, whoami(), None, self._lease)
-        self._token = (await self._client.run(plans.insist(put, lambda: True))).rev
-        self._key = key
+        lease = None if self.ttl_s is None else (await self._client.lease(self.ttl_s)).keep()
+        key = plans.key_of(self.prefix, int.from_bytes(os.urandom(8)) if lease is None else lease.id)
+        put = questions.put(key, whoami(), None, lease)
+        try:
+            self._token = (await self._client.run(plans.insist(put, lambda: True))).rev
+        except BaseException:
+            if lease is not None:
+                await lease.give_back()
+            raise
+        self._key, self._lease = key, lease
 
     async def release(self) -> None:
         """Let it fall, as far as this holder is concerned."""
@@ -296,8 +297,10 @@ class DoubleBarrier(Met[Lease]):
         >>> await barrier.enter(), await barrier.leave()
         (True, True)
         """
+        self._free()
+        deadline_s = plans.deadline_s(now, wait_s)
         lease = (await self._client.lease(self.ttl_s)).keep()
-        patience = Patience(now, plans.deadline_s(now, wait_s), lambda: lease.until_s)
+        patience = Patience(now, deadline_s, lambda: lease.until_s)
         met = None
         try:
             met = await self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))

@@ -144,6 +144,13 @@ class Met(Generic[L]):
         self._lease: L | None = None
         self._met: set[str] = set()
 
+    def _free(self) -> None:
+        """Raise BadRequest where it is entered here already."""
+        if self._lease is not None:
+            raise BadRequest(
+                f"This object has entered the barrier {self.name!r} already; make another one to enter again."
+            )
+
     def _let_go(self) -> L:
         """It is left; returns the lease to end. Raises BadRequest where it was not entered."""
         lease, self._lease = self._lease, None

@@ -238,15 +238,16 @@ class Barrier(Raised[Lease]):
         """
         if self._key is not None:
             return
-        if self.ttl_s is None:
-            number = int.from_bytes(os.urandom(8))
-        else:
-            self._lease = self._client.lease(self.ttl_s).keep()
-            number = self._lease.id
-        key = plans.key_of(self.prefix, number)
-        put = questions.put(key, whoami(), None, self._lease)
-        self._token = self._client.run(plans.insist(put, lambda: True)).rev
-        self._key = key
+        lease = None if self.ttl_s is None else self._client.lease(self.ttl_s).keep()
+        key = plans.key_of(self.prefix, int.from_bytes(os.urandom(8)) if lease is None else lease.id)
+        put = questions.put(key, whoami(), None, lease)
+        try:
+            self._token = self._client.run(plans.insist(put, lambda: True)).rev
+        except BaseException:
+            if lease is not None:
+                lease.give_back()
+            raise
+        self._key, self._lease = key, lease
 
     def release(self) -> None:
         """Let it fall, as far as this holder is concerned."""
@@ -301,8 +302,10 @@ class DoubleBarrier(Met[Lease]):
         >>> barrier.enter(), barrier.leave()
         (True, True)
         """
+        self._free()
+        deadline_s = plans.deadline_s(now, wait_s)
         lease = self._client.lease(self.ttl_s).keep()
-        patience = Patience(now, plans.deadline_s(now, wait_s), lambda: lease.until_s)
+        patience = Patience(now, deadline_s, lambda: lease.until_s)
         met = None
         try:
             met = self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))

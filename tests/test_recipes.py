@@ -74,6 +74,7 @@ def test_how_many_is_a_whole_number_from_one_on(db: Any, number: Any) -> None:
 
 @pytest.mark.parametrize("wait_s", ["5", b"5", [], float("nan"), 1j])
 def test_who_waits_for_no_number_of_seconds_is_told_so_and_waits_for_nothing(client: Client, wait_s: Any) -> None:
+    lease = client.lease(60)
     calls = [
         client.lock("l").acquire,
         client.semaphore("s", 1).acquire,
@@ -85,14 +86,15 @@ def test_who_waits_for_no_number_of_seconds_is_told_so_and_waits_for_nothing(cli
         lambda wait_s: client.queue("q").take(wait_s).__enter__(),
         client.watch("k").wait,
         lambda timeout_s: client.get("k", timeout_s=timeout_s),
-        lambda timeout_s: client.lease(1).keepalive(timeout_s=timeout_s),
+        lambda timeout_s: lease.keepalive(timeout_s=timeout_s),
         lambda timeout_s: ddb.connect(NOBODY, timeout_s=timeout_s),
         lambda unreachable_s: aio.connect(NOBODY, unreachable_s=unreachable_s),
     ]
     for call in calls:
         with pytest.raises(errors.BadRequest, match="must be a number of seconds, not "):
             call(wait_s)
-    assert not client.count("ddb/")
+    lease.revoke()
+    assert not client.count("ddb/") and not client.leases()
 
 
 @pytest.mark.parametrize("wait_s", [float("inf"), 1e300, 10**400, None])
@@ -120,3 +122,26 @@ def test_what_did_not_come_in_time_is_no_unknown_outcome() -> None:
         for error in every
         if not error.definite and error is not errors.Internal  # that is a bug: 1
     }
+
+
+def test_a_barrier_that_could_not_be_raised_keeps_no_lease_alive(client: Client) -> None:
+    class Interrupted(Client):
+        def run(self, plan: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with Interrupted(client.servers) as other:
+        barrier = other.barrier("b", ttl_s=60)
+        with pytest.raises(KeyboardInterrupt):
+            barrier.hold()
+        assert not client.leases()
+        with pytest.raises(errors.BadRequest, match="is not held here"):
+            barrier.token
+
+
+def test_a_double_barrier_is_left_before_it_is_entered_again(client: Client) -> None:
+    barrier = client.double_barrier("d", 1)
+    assert barrier.enter()
+    with pytest.raises(errors.BadRequest, match="has entered the barrier 'd' already"):
+        barrier.enter()
+    assert barrier.leave() and barrier.enter() and barrier.leave()
+    assert not client.leases()
