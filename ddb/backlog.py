@@ -4,7 +4,8 @@ Law: nothing here changes what applying does; it only makes it quicker.
 
 Theory. A row that is only in the snapshot's file costs 10 µs to look up alone, and 3.5 µs among a few thousand others in
 the order of the file: SQLite then goes from page to page, and Python makes one call for hundreds. A start with 75,000
-entries behind the last checkpoint, of a million keys, takes half the time for it.
+entries behind the last checkpoint, of a million keys, takes half the time for it; so does what a newcomer applies behind
+its snapshot.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ from typing import Final
 from ddb.codec import decode_batch
 from ddb.messages import Batch, Command
 
-BACKLOG_MIN: Final = 16  # batches; fewer are applied one by one
+BACKLOG_MIN: Final = 16  # batches; fewer are applied one by one,
+BACKLOG_BYTES_MIN: Final = 512 << 10  # unless they are so large, as when a member catches up
 GROUP_BYTES_MAX: Final = 4 << 20  # of batches that are in memory at once, but for one
+
+
+def is_long(batches: Sequence[Batch]) -> bool:
+    """Whether it pays to look up together what `batches` will change."""
+    return len(batches) >= BACKLOG_MIN or sum([len(batch.data) for batch in batches]) >= BACKLOG_BYTES_MIN
 
 
 def groups(batches: Sequence[Batch], read: Callable[[int], bytes]) -> Iterator[list[Batch]]:

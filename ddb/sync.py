@@ -4,7 +4,8 @@ Laws:
 
 * The log is only compacted behind a checkpoint whose own fsync has returned.
 * A snapshot replaces nothing before its SHA-256, every row's checksum and the digest have been verified.
-* While a snapshot is on its way, the log behind it is kept, so that it can take over where the snapshot ends.
+* While a snapshot is on its way, and for a while after, the log behind it is kept, so that it can take over where the
+  snapshot ends.
 
 Theory. A member whose log lags behind what the leader still has, or whose data proved wrong, is sent a *copy* of the
 leader's newest checkpoint: one SQLite file, as it is on the leader's disk, in chunks, a few of them in flight, acknowledged by the offset up to which
@@ -39,9 +40,11 @@ log = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT: Final = 16
 SEND_PATIENCE_S: Final = 60.0  # without an acknowledgement; the receiver verifies before the last one
+FOLLOW_PATIENCE_S: Final = 60.0  # for a member to catch up behind its snapshot
 RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
 RETRY_S: Final = 5.0  # after a checkpoint that failed
 REQUEST_EVERY_S: Final = 2.0
+NEWS_SHARE: Final = 0.25  # of what makes a checkpoint due: less is sent as log
 
 Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
 
@@ -121,6 +124,8 @@ class Sync:
         self._wanted_by: set[str] = set()
         self._wanted_index = 0  # a copy has what was applied when it was wanted; more would be a race with the writes
         self._sendings: dict[str, _Sending] = {}
+        self._following: dict[str, float] = {}  # until when the log is kept for a member behind its snapshot
+        self._now = 0.0
         self._receiving: _Receiving | None = None
         self._verified: tuple[snapshot.Meta, KeyFilter] | None = None  # received, waiting for a checkpoint to end
         for path in (self._copy_path, self._incoming_path):
@@ -148,7 +153,8 @@ class Sync:
         """See replica.Snapshots."""
         for peer in ready.needs_snapshot:
             self._wanted_by.add(peer)
-            self._wanted_index = self._replica.machine.applied
+            if self._needs_news(peer):
+                self._wanted_index = self._replica.machine.applied
         if self._wanted_by:
             self._serve(now)
         for m in ready.chunks:
@@ -157,8 +163,18 @@ class Sync:
             elif type(m) is SnapshotReply:
                 self._on_acknowledged(m, now)
 
+    def _needs_news(self, peer: str) -> bool:
+        """Whether `peer` should get a checkpoint of now, and not the last one and what the log has behind it: that is quicker
+        where it is not much. Where not its log lags, but its data are wrong, the snapshot has to reach as far as its log."""
+        progress, policy = self._raft.progress.get(peer), self._policy
+        if progress is None or not progress.snapshot:
+            return True
+        entries = self._replica.machine.applied - self._store.meta.applied
+        return entries > policy.entries * NEWS_SHARE or self._bytes_since > policy.bytes * NEWS_SHARE
+
     def tick(self, now: float) -> None:
         """Let time pass."""
+        self._now = now
         if self._begun is not None:
             self._write_checkpoint()
         policy = self._policy
@@ -287,10 +303,22 @@ class Sync:
             return  # whoever gets the copy will need what follows it; the next checkpoint will do
         if self._copy is not None:
             upto = min(upto, self._copy.meta.applied)
+        upto = min(upto, self._followed_from(upto))
         if upto > self._raft.log.base_index:
             self._raft.compact(upto)
             base = self._raft.log.base_index
             self._background(lambda: self._drop_log_below(base), self._dropped)
+
+    def _followed_from(self, upto: int) -> int:
+        """Where the log has to begin for those who have installed a snapshot and follow now, more slowly than others write,
+        perhaps: without it they would need the next snapshot before they are behind the last one. At most `upto`."""
+        for peer, until in list(self._following.items()):
+            progress = self._raft.progress.get(peer)
+            if progress is None or progress.match >= upto or self._now >= until:
+                del self._following[peer]
+            else:
+                upto = progress.match
+        return upto
 
     def _dropped(self, _: object, error: Exception | None) -> None:
         if error is not None:
@@ -308,7 +336,7 @@ class Sync:
                     self._send_chunks(peer)
             self._wanted_by.clear()
         elif not (self._copying or self._sparing or self._store.checkpointing):
-            if self._store.meta.applied < self._wanted_index and now >= self._retry_at:
+            if self._store.meta.applied < max(self._wanted_index, 1) and now >= self._retry_at:
                 self.checkpoint(None, now)
             elif self._store.meta.applied:
                 self._copying = True
@@ -377,6 +405,7 @@ class Sync:
         if m.installed:
             log.info("%r: %s has installed the snapshot of %d", self._replica, m.src, m.index)
             del self._sendings[m.src]
+            self._following[m.src] = now + FOLLOW_PATIENCE_S
             self._raft.snapshot_sent(m.src, m.index)
             self._drop_idle_copy()
             return

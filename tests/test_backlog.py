@@ -41,3 +41,12 @@ def test_the_keys_of_plain_writes_are_found_and_other_commands_are_left_alone() 
     ]
     decoded = Batch(1, len(commands), 1, b"", 0, commands)
     assert backlog.keys([decoded]) == set("abcdef")
+
+
+def test_many_batches_or_large_ones_are_a_backlog() -> None:
+    def batches(count: int, size_bytes: int) -> list[Batch]:
+        return [Batch(n, n, 1, b"x" * size_bytes) for n in range(1, count + 1)]
+
+    assert not backlog.is_long([]) and not backlog.is_long(batches(15, 1))
+    assert backlog.is_long(batches(16, 1))
+    assert backlog.is_long(batches(2, 256 << 10)) and not backlog.is_long(batches(2, 255 << 10))

@@ -13,7 +13,7 @@ from ddb.messages import Configuration, InstallSnapshot, Member, SnapshotReply
 from ddb.raft import Ready
 from ddb.simdisk import SimDisk
 from ddb.store import Store
-from ddb.sync import Sync
+from ddb.sync import FOLLOW_PATIENCE_S, Policy, Sync
 from tests.test_sync import CHUNK_BYTES, HOME, Receiver
 
 Chunk = InstallSnapshot | SnapshotReply
@@ -41,10 +41,17 @@ class Pair:
         self.store.finish_checkpoint(begun)
         self.replica = mock.MagicMock(diverged=False, is_leader=True)
         self.replica.machine.applied = 50
-        self.replica.raft.id = "id1"
-        self.replica.raft.term = 3
+        raft = self.replica.raft
+        raft.id, raft.term, raft.durable = "id1", 3, 1000
+        raft.log.base_index = raft.log.let_go = 0
+        raft.log.term_at.return_value = 3
+        raft.config_at.return_value = Configuration("c", "bully", MEMBERS)
+        raft.progress = {"id2": mock.Mock(snapshot=True, match=0)}
         bounds = Bounds(snapshot_chunk_bytes=CHUNK_BYTES)
-        self.sync = Sync(self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), bounds=bounds, disk=self.disk)
+        self.sync = Sync(
+            self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), Policy(entries=100, retain_entries=0), bounds,
+            disk=self.disk,
+        )  # fmt: skip
 
     def said(self, replica: mock.MagicMock) -> list[Chunk]:
         """What a side has sent since it was last asked."""
@@ -87,10 +94,6 @@ def test_a_snapshot_arrives_however_many_of_its_messages_get_lost(seed: int, sha
 
 def test_sending_goes_on_from_a_copy_where_it_outlasts_a_checkpoint() -> None:
     pair = Pair()
-    pair.replica.raft.durable = 1000
-    pair.replica.raft.log.base_index = pair.replica.raft.log.let_go = 0
-    pair.replica.raft.log.term_at.return_value = 3
-    pair.replica.raft.config_at.return_value = Configuration("c", "bully", MEMBERS)
     pair.sync.work(Ready(needs_snapshot=["id2"]), 0.0)
     pair.sync.work(Ready(), 0.0)
     chunks = pair.said(pair.replica)
@@ -105,4 +108,33 @@ def test_sending_goes_on_from_a_copy_where_it_outlasts_a_checkpoint() -> None:
     assert pair.receiver.store.meta.applied == 50 and pair.store.meta.applied == 52
     pair.sync.tick(pair.now)
     assert pair.disk.list(HOME) == ["state.db"]
+    pair.close()
+
+
+@pytest.mark.parametrize(("lags", "applied", "sent"), [(True, 60, 50), (True, 90, 90), (False, 60, 60)])
+def test_a_new_checkpoint_is_made_for_who_lags_only_where_much_would_be_behind_the_last(
+    lags: bool, applied: int, sent: int
+) -> None:
+    pair = Pair()
+    pair.replica.raft.progress["id2"].snapshot = lags
+    pair.replica.machine.applied = applied
+    pair.run(random.Random(1), 0.0)
+    assert pair.receiver.store.meta.applied == sent
+    pair.close()
+
+
+def test_the_log_is_kept_for_a_while_for_who_catches_up_behind_a_snapshot() -> None:
+    pair = Pair()
+    pair.run(random.Random(1), 0.0)
+    raft = pair.replica.raft
+    for applied, match, kept_from in ((150, 50, 50), (250, 120, 120), (350, 350, 350), (450, 350, 450)):
+        pair.replica.machine.applied, raft.progress["id2"].match = applied, match
+        pair.sync.checkpoint(None, pair.now)
+        raft.compact.assert_called_with(kept_from)
+    pair.close()
+    pair = Pair()
+    pair.run(random.Random(1), 0.0)
+    pair.replica.machine.applied = 150
+    pair.sync.tick(pair.now + FOLLOW_PATIENCE_S)
+    pair.replica.raft.compact.assert_called_with(150)
     pair.close()
