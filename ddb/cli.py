@@ -9,7 +9,7 @@ what they are about, each with a table of its own; here the tables are laid toge
 from __future__ import annotations
 
 import argparse
-import os
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -17,7 +17,19 @@ from typing import Final
 import ddb
 from ddb import clichanges, clicluster, clidata, clilock, clitools, completion, options
 from ddb.client import Client, connect
-from ddb.console import BROKEN_PIPE, ERROR, EXIT_CODES, INTERRUPTED, OK, Command, UsageError, complain, speak_utf8
+from ddb.console import (
+    BROKEN_PIPE,
+    ERROR,
+    EXIT_CODES,
+    INTERRUPTED,
+    OK,
+    Command,
+    UsageError,
+    complain,
+    give_up,
+    speak_utf8,
+    stand_in,
+)
 from ddb.errors import DdbError
 from ddb.formats import Format
 from ddb.options import TIMEOUT_S, VERIFY_TIMEOUT_S
@@ -83,14 +95,20 @@ COMMANDS: Final[dict[str, Command]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (the process's own when None) and return the exit code."""
+    stand_in()
     speak_utf8()
     try:
         return guarded(lambda: run(parse(sys.argv[1:] if argv is None else argv)))
     except BrokenPipeError:  # the reader has seen enough: `ddb scan | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up(sys.stdout)
         return BROKEN_PIPE
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:  # what argparse said
+            give_up(sys.stderr)
 
 
 def guarded(work: Callable[[], int]) -> int:
@@ -99,19 +117,27 @@ def guarded(work: Callable[[], int]) -> int:
     A broken pipe and Ctrl-C pass: what they end, the command or all of it, is not to be decided here.
     """
     try:
-        code = work()
+        code = _unless_it_exits(work)
         sys.stdout.flush()
         return code
-    except SystemExit as end:  # argparse's --help and errors
-        return end.code if isinstance(end.code, int) else OK
     except DdbError as error:
         complain(error.message)
         return error.exit_code
     except BrokenPipeError:
         raise
     except OSError as error:
-        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
+        if error.errno == errno.EBADF:
+            complain("Standard input or output is closed.")
+        else:
+            complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.")
         return ERROR
+
+
+def _unless_it_exits(work: Callable[[], int]) -> int:
+    try:
+        return work()
+    except SystemExit as end:  # argparse's --help and errors
+        return end.code if isinstance(end.code, int) else OK
 
 
 def run(args: argparse.Namespace, client: Client | None = None) -> int:

@@ -22,7 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from ddb import wire
 from ddb.client import Client
@@ -66,6 +66,22 @@ class Command:
 # ------------------------------------------------------------------- out
 
 
+def stand_in() -> None:
+    """Give a standard stream that this process was started without (`>&-`) its number back, and let its use fail with a
+    sentence; only complaints may go nowhere.
+
+    Otherwise the next file or connection would get that number, and be written to by whoever means the stream.
+    """
+    streams = ((0, os.O_WRONLY, "stdin", "r"), (1, os.O_RDONLY, "stdout", "w"), (2, os.O_WRONLY, "stderr", "w"))
+    for number, flags, name, mode in streams:
+        if getattr(sys, name) is None:
+            opened = os.open(os.devnull, flags)
+            os.dup2(opened, number)  # which a process that is started gets as well
+            if opened != number:
+                os.close(opened)
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
 def speak_utf8() -> None:
     """Values are UTF-8 whatever the locale says; what can't be shown is escaped, and never ends in a traceback. Warnings
     look like all else that is said."""
@@ -76,6 +92,13 @@ def speak_utf8() -> None:
         logging.lastResort.setFormatter(logging.Formatter("ddb: %(message)s"))
 
 
+def give_up(stream: TextIO) -> None:
+    """Nobody takes what is said to `stream`, or not all of it: the rest goes nowhere, and fails no more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def say(line: str) -> None:
     """One line of what was asked for."""
     sys.stdout.write(f"{line}\n")
@@ -83,9 +106,17 @@ def say(line: str) -> None:
 
 def complain(sentence: str) -> None:
     """One sentence about what was not."""
-    sys.stdout.flush()
-    sys.stderr.write(f"ddb: {sentence}\n")
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        give_up(sys.stdout)
+    try:
+        sys.stderr.write(f"ddb: {sentence}\n")
+        sys.stderr.flush()
+    except OSError:
+        give_up(sys.stderr)  # the exit code tells it
 
 
 def say_json(value: Any) -> None:
