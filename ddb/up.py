@@ -388,7 +388,8 @@ def _end(children: list[Child], say: Say, kill: bool) -> None:
     running = [child for child in children if child.process.poll() is None]
     if not running:
         return
-    say("Stopping …")
+    with contextlib.suppress(OSError):  # who listened may have gone: `ddb up | head`
+        say("Stopping …")
     nodes, registry = ([c for c in running if (c.name == "registry") is wanted] for wanted in (False, True))
     try:
         deadline = time.monotonic() + STOP_PATIENCE_S
