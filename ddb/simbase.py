@@ -46,14 +46,26 @@ class Disk(Protocol):
 
 
 class Memory:
-    """A database of SQLite's own, and which version of a file it was loaded with."""
+    """A database of SQLite's own, and which version of a file it was loaded with. `settings` are the PRAGMAs that were
+    executed, each with its value; `synchronous` is the number that one of them has set."""
 
-    __slots__ = ("loaded", "sqlite", "version")
+    __slots__ = ("loaded", "settings", "sqlite", "synchronous", "version")
 
     def __init__(self) -> None:
         self.sqlite = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         self.version = -1
         self.loaded = b""
+        self.settings: dict[str, str] = {}
+        self.synchronous = SYNCHRONOUS_FULL
+
+    def set(self, sql: str) -> None:
+        """Execute the PRAGMA `sql`, unless it would change nothing: every connection begins with the same ones, and each of
+        them takes SQLite as long as a row does."""
+        name, _, value = sql.partition("=")
+        if self.settings.get(name) != value or self.sqlite.in_transaction:
+            self.sqlite.execute(sql)
+            self.settings[name] = value
+            (self.synchronous,) = self.sqlite.execute("PRAGMA synchronous").fetchone()
 
 
 class SimConnection:
@@ -72,8 +84,7 @@ class SimConnection:
         self._sqlite = memory.sqlite
         self._wrote = False  # in the transaction that is open
         self._answers: tuple[int, Answers] = (-1, {})  # about a version of the file
-        if memory.version >= 0:
-            self._sqlite.execute(f"PRAGMA synchronous={SYNCHRONOUS_FULL}")  # as in a new one
+        memory.set("PRAGMA synchronous=FULL")  # as in a new one
         if frozen:
             self._sqlite.execute("PRAGMA query_only=ON")
 
@@ -85,8 +96,8 @@ class SimConnection:
     def execute(self, sql: str, parameters: Parameters = (), /) -> sqlite3.Cursor:
         """sqlite3.Connection.execute; of the cursor, only what reads rows is there."""
         if sql.startswith(SETTINGS):
-            self._open()
-            return self._sqlite.execute(sql)
+            self._open().set(sql)
+            return cast(sqlite3.Cursor, _Rows([]))
         if sql.startswith(QUESTIONS) and not self._wrote:
             return cast(sqlite3.Cursor, _Rows(self._answer(sql, tuple(parameters))))
         memory = self._refreshed()
@@ -158,12 +169,11 @@ class SimConnection:
         content = _unsigned(self._sqlite.serialize())
         if content == (memory.loaded or _EMPTY):
             return
-        (synchronous,) = self._sqlite.execute("PRAGMA synchronous").fetchone()
         file = self._file
         version, memory.version = memory.version, -1  # unless all goes well, what is in memory here did not happen
         if version != file.version:
             raise sqlite_error(sqlite3.SQLITE_BUSY, "database is locked")
-        self._disk.commit(file, content, synchronous >= SYNCHRONOUS_FULL)
+        self._disk.commit(file, content, memory.synchronous >= SYNCHRONOUS_FULL)
         memory.loaded, memory.version = content, file.version
 
 
