@@ -121,6 +121,9 @@ def _run(words: Sequence[str], lock: Lock) -> int:
     except OSError as error:
         complain(f"{words[0]} can't be run: {error.strerror}.")
         return NOT_THERE if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+    except UnicodeEncodeError as error:  # typed into the shell, which is UTF-8 whatever the locale says
+        complain(f"{words[0]} can't be run: this locale has no {error.object[error.start]!r}.")
+        return NOT_EXECUTABLE
 
 
 def _until_ended(child: _Child, lock: Lock) -> int:

@@ -83,11 +83,15 @@ def stand_in() -> None:
 
 
 def speak_utf8() -> None:
-    """Values are UTF-8 whatever the locale says; what can't be shown is escaped, and never ends in a traceback. Warnings
-    look like all else that is said."""
-    for stream in (sys.stdout, sys.stderr):
+    """Texts are UTF-8 whatever the locale says; what can't be shown is escaped, what can't be read is found out where it is
+    used (PEP 383), and neither ends in a traceback. Warnings look like all else that is said."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
     if logging.lastResort is not None:  # what a library warns of, where nobody keeps a log
         logging.lastResort.setFormatter(logging.Formatter("ddb: %(message)s"))
 

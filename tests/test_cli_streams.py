@@ -105,3 +105,28 @@ def test_a_reader_that_went_away_before_anything_was_said_is_no_error_of_the_com
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-16", "latin-1:strict"])
+def test_a_script_is_utf_8_whatever_the_locale_says(server: FakeServer, encoding: str) -> None:
+    argv = [sys.executable, "-m", "ddb", "--server", server.address, "shell"]
+    env = environment(PYTHONIOENCODING=encoding, LC_ALL="C")
+    script = 'put ø "→"\n'.encode() + b"put \xff x\n"
+    done = subprocess.run(argv, input=script, capture_output=True, env=env, timeout=30)
+    assert (done.returncode, done.stdout) == (2, b"revision 12\n")
+    assert done.stderr.count(b"\n") == 1 and b"is not UTF-8" in done.stderr
+    written = [(r["key"], r["value"]) for r in server.requests if r["op"] == "put"]
+    assert written == [("ø", "→")]
+
+
+def test_a_command_that_the_locale_can_t_name_is_a_sentence(server: FakeServer) -> None:
+    server.answer = lambda request: (
+        {"ok": True, "lease": 5, "ttl": 10.0}
+        if request["op"] == "lease_grant"
+        else {"ok": True, "items": [{**ITEM, "key": f"ddb/lock/l/{5:016x}"}], "more": False, "rev": 9, "deleted": 1}
+    )
+    argv = [sys.executable, "-m", "ddb", "--server", server.address, "shell"]
+    env = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    script = "lock l -- true →\n"
+    done = subprocess.run(argv, input=script.encode(), capture_output=True, env=env, timeout=30)
+    assert done.stderr.decode() == "ddb: true can't be run: this locale has no '→'.\n" and done.returncode == 126
