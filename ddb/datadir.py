@@ -82,7 +82,9 @@ class DataDirectory:
 
     def change(self, **fields: Any) -> None:
         """Change these fields of the identity, durably. Raises StartupError where the disk refuses."""
-        self.save(replace(self.identity, **fields))
+        changed = replace(self.identity, **fields)
+        if changed != self.identity:
+            self.save(changed)
 
     def save(self, identity: Identity) -> None:
         """Make `identity` the directory's, durably."""

@@ -35,6 +35,7 @@ from ddb.sync import Policy
 
 NODES_MAX: Final = 7
 JOINING_MAX: Final = 2  # beside those that a run begins with
+TICK_S_MAX: Final = 0.2  # who ticks less often than every tenure.LATE_S was paused, as far as leases go
 REGISTRY_TICK_S: Final = 0.3  # in its own main 0.1; it has next to nothing to look at
 BACK_S: Final = 1.0  # an ended program is started again after so long, when nothing else was said
 AT_THE_LEADER: Final = 0.6  # this share of the faults with one victim strikes the leader
@@ -80,7 +81,7 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         pace_s=rng.choice([0.6, 1.2, 2.4]),
         expect=nodes if rng.random() < 0.5 else 1,
         timing=Timing(
-            tick_s=rng.choice([0.05, 0.1, 0.1, 0.15, 0.15]),
+            tick_s=min(rng.choice([0.05, 0.1, 0.1, 0.15, 0.15]) * calm, TICK_S_MAX),
             heartbeat_s=rng.choice([0.2, 0.3, 0.3]) * calm,
             election_timeout_s=0.75 * calm,
         ),
