@@ -22,7 +22,7 @@ setup(
     install_requires=[],
     entry_points={
         "console_scripts": [
-            "ddb = ddb.cli:main",
+            "ddb = ddb.__main__:main",
             "ddb-node = ddb.node:main",
             "ddb-registry = ddb.registry:main",
         ]

@@ -308,6 +308,14 @@ def test_ctrl_c_is_130(server: FakeServer) -> None:
     assert (process.returncode, out, err) == (130, b"", b"")
 
 
+def test_ctrl_c_while_the_program_is_still_being_loaded_is_130_too(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt  # as if it had come just here")
+    env = {**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    for argv in ([sys.executable, "-m", "ddb"], [sys.executable, "-S", str(REPOSITORY / "bin/ddb")]):
+        ran = subprocess.run([*argv, "--help"], env=env, capture_output=True, timeout=30)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (130, b"", b"")
+
+
 def test_a_reader_that_has_seen_enough_causes_no_traceback(server: FakeServer) -> None:
     page = [item(f"key{n}", "x" * 1000) for n in range(1000)]
     server.answer = lambda request: {"ok": True, "items": page, "more": False, "rev": 1}
