@@ -57,7 +57,7 @@ META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROW
 LEDGER: Final = "CREATE TABLE ledger (name TEXT PRIMARY KEY, value TEXT, crc INT) WITHOUT ROWID"
 TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER, HISTORY}}
 SELECT_CHECKED: Final = (  # what kv.checksum is of
-    "SELECT key, CAST(key || char(10) || value || char(10) || rev || ' ' || created || ' ' || version AS BLOB), crc FROM kv ORDER BY key"
+    "SELECT key, CAST(key || char(10) || value || char(10) || rev || ' ' || created || ' ' || version AS BLOB), crc FROM kv WHERE key > ? ORDER BY key"
 )
 SELECT: Final = "SELECT key, CAST(value AS BLOB), rev, created, version, crc FROM kv"
 SYNCHRONOUS: Final = "FULL"  # in WAL mode, anything less would commit without fsync
@@ -80,6 +80,15 @@ class Meta:
     count: int = 0
     format: str = FORMAT
     kept: Kept = field(default=Kept(), compare=False)  # of history, which is this file's own: another may keep more
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The rows up to the key `last` are right: so many, which add so much to the digest."""
+
+    last: str = ""  # no key is empty
+    count: int = 0
+    digest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,9 +375,11 @@ def _verify_history(connection: sqlite3.Connection, path: Path, meta: Meta, *, g
         raise corrupt(path, f"its history holds {count} sound changes, but not the {meta.kept.count} that were written")
 
 
-def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) -> Iterator[tuple[str, ...]]:
+def verify(
+    connection: sqlite3.Connection, path: Path, *, gently: bool = False, known: Verified = Verified()
+) -> Iterator[tuple[str, ...]]:
     """Walk the whole database and yield its keys, some at a time, once they are known to be right; at the end, that
-    nothing is missing.
+    nothing is missing. What is `known` of it already is not walked again.
 
     With `gently`, it pauses often, so that other threads get the interpreter. Raises CorruptStore.
     """
@@ -380,8 +391,8 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise corrupt(path, str(verdict))
-            digest = count = 0
-            for keys, some in _verified_rows(connection, path):
+            digest, count = known.digest, known.count
+            for keys, some in _verified_rows(connection, path, known.last):
                 digest += some
                 count += len(keys)
                 yield keys
@@ -398,14 +409,30 @@ def verify(connection: sqlite3.Connection, path: Path, *, gently: bool = False) 
                 connection.execute("ROLLBACK")
 
 
-def _verified_rows(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[tuple[str, ...], int]]:
-    """All keys in order, a few hundred at a time, each one's row checked, and what these rows add to the digest.
+def verify_early(disk: Disk, path: Path, known: Verified, take: Callable[[tuple[str, ...]], object]) -> Verified:
+    """Of a file that is still arriving, whose rest is zeros, verify the rows behind those `known` as far as that goes now.
+    `take` is given their keys. Returns what is known then.
+
+    A row that is right stays so. One that is not may be in a page that has yet to come: that is no damage, but the end.
+    """
+    last, count, digest = known.last, known.count, known.digest
+    try:
+        with closing(connect(disk, path, frozen=True)) as connection:  # anew: the last one remembers zeros
+            for keys, some in _verified_rows(connection, path, last):
+                take(keys)
+                last, count, digest = keys[-1], count + len(keys), digest + some
+    except (CorruptStore, *FAILURES) as error:
+        logger.debug("%s is right up to %r so far: %s", path, last, error)
+    return Verified(last, count, digest)
+
+
+def _verified_rows(connection: sqlite3.Connection, path: Path, last: str = "") -> Iterator[tuple[tuple[str, ...], int]]:
+    """All keys behind `last` in order, a few hundred at a time, each one's row checked, and what these rows add to the digest.
 
     SQLite puts together what a checksum is of, and the rest is done for many rows by one call: 1.5 µs a row, where
     `select_rows` takes 2.5.
     """
-    cursor = iter(connection.execute(SELECT_CHECKED))
-    last = ""  # no key is empty
+    cursor = iter(connection.execute(SELECT_CHECKED, (last,)))
     while rows := list(islice(cursor, PAUSE_EVERY_ROWS)):
         keys, said, crcs = zip(*rows, strict=True)
         try:
@@ -493,18 +520,24 @@ def _copied_source(disk: Disk, copied: Copy) -> Source:
 
 
 def check_copy(
-    disk: Disk, path: Path, sha256: str | None = None, take: Callable[[tuple[str, ...]], object] = len
+    disk: Disk,
+    path: Path,
+    sha256: str | None = None,
+    take: Callable[[tuple[str, ...]], object] = len,
+    known: Verified = Verified(),
 ) -> Meta:
     """Make sure that the file at `path`, received from elsewhere, is a whole and right database, and durable; for a
-    worker thread. `take` is given its keys, some at a time. Returns which state it is. Raises CorruptStore,
-    StartupError or OSError."""
+    worker thread. `take` is given its keys, some at a time, but for those of the rows that are `known` to be right.
+    Returns which state it is. Raises CorruptStore, StartupError or OSError."""
     fsync(disk, path)
     if sha256 is not None:
         _, found = _size_and_hash(disk, path)
         if found != sha256:
             raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
-        for keys in verify(connection, path):  # not gently: whose data is being replaced serves nobody meanwhile
+        for keys in verify(
+            connection, path, known=known
+        ):  # not gently: whose data is being replaced serves nobody meanwhile
             take(keys)
         return read_meta(connection, path)
 

@@ -66,7 +66,6 @@ STATEMENT_ROWS: Final = 500  # 3,000 variables; SQLite allows 32,766
 STATEMENT_BYTES_MAX: Final = 4 << 20  # SQLite copies what is bound to a statement
 SORTED_KEYS_MAX: Final = 2000  # sorted in one go, about: a millisecond without giving up the interpreter
 SLICE_KEYS: Final = 1000  # handled without a pause: some 0.3 ms
-RECEIVED_ROW_BYTES: Final = 300  # in a file whose rows have not been counted yet, about
 OVERSAMPLING: Final = 8
 WRITER_CACHE_KIB: Final = 16 << 10
 HISTORY_PAGE_ROWS: Final = 200
@@ -340,15 +339,8 @@ class Store:
 
         return replace(found, close=close)
 
-    def check_received(self, received: Path, sha256: str | None = None) -> tuple[Meta, KeyFilter]:
-        """Make sure that the file `received` is whole and right, and durable; for a worker thread. `sha256`: what its hash
-        has to be, where that has not been compared yet. Returns its state and its keys, for `install`. Raises
-        CorruptStore, StartupError or OSError."""
-        keys = KeyFilter(file_bytes(self.disk, received) // RECEIVED_ROW_BYTES)
-        return snapshot.check_copy(self.disk, received, sha256, keys.add), keys
-
     def install(self, received: str | Path, keys: KeyFilter | None = None) -> None:
-        """Put the file `received`, which `check_received` has passed, in the place of this one, and forget all rows.
+        """Put the file `received`, which `Arrival.finish` has passed, in the place of this one, and forget all rows.
         `keys` are those that it found; without them, the file is to be verified again.
 
         No worker may be at work on this store. A crash at any point leaves the old file or the new one. Afterwards the

@@ -38,7 +38,8 @@ from ddb.store import Checkpoint, Store
 
 log = logging.getLogger(__name__)
 
-CHUNKS_IN_FLIGHT: Final = 16
+CHUNKS_IN_FLIGHT: Final = 48  # while the receiver's worker is at some rows, or at an fdatasync
+CHUNKS_AT_ONCE: Final = 4  # for each acknowledgement: more would keep the loop from its other work
 SEND_PATIENCE_S: Final = 60.0  # without an acknowledgement; the receiver verifies before the last one
 FOLLOW_PATIENCE_S: Final = 60.0  # for a member to catch up behind its snapshot
 RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
@@ -75,8 +76,6 @@ class _Receiving:
 
     src: str
     index: int
-    sha256: str
-    size: int
     file: Arrival
     received: int = 0  # given to the worker
     written: int = 0  # by it
@@ -379,7 +378,9 @@ class Sync:
         if copy is None:
             return
         window_end = sending.acknowledged + CHUNKS_IN_FLIGHT * self._chunk_bytes
-        while sending.next < min(window_end, copy.size_bytes):
+        for _ in range(CHUNKS_AT_ONCE):
+            if sending.next >= min(window_end, copy.size_bytes):
+                return
             data = copy.read(self._chunk_bytes, sending.next)
             meta, raft = copy.meta, self._raft
             self._replica.send(
@@ -436,13 +437,13 @@ class Sync:
         if self._is_useless(m.index):
             self._acknowledge(m.src, m.index, m.size, installed=True)
             return
-        if receiving is None or (receiving.src, receiving.index, receiving.sha256) != (m.src, m.index, m.sha256):
+        if receiving is None or (receiving.src, receiving.index, receiving.file.sha256) != (m.src, m.index, m.sha256):
             if receiving is not None and receiving.complete:
                 return  # one is being verified; the sender will try again
             self._stop_receiving()
             log.info("%r: receiving the snapshot of %d, %d bytes", self._replica, m.index, m.size)
-            file = Arrival(self._disk, self._incoming_path, m.sha256)
-            self._receiving = receiving = _Receiving(m.src, m.index, m.sha256, m.size, file)
+            file = Arrival(self._disk, self._incoming_path, m.size, m.sha256)
+            self._receiving = receiving = _Receiving(m.src, m.index, file)
         if m.offset == receiving.received and not receiving.complete:
             self._write(receiving, m.data, m.offset)
         else:
@@ -471,14 +472,9 @@ class Sync:
             return
         receiving.written = upto
         self._acknowledge(receiving.src, receiving.index, upto)
-        if upto >= receiving.size and not receiving.complete:
+        if upto >= receiving.file.size_bytes and not receiving.complete:
             receiving.complete = True
-            self._background(lambda: self._verify(receiving.file), self._on_verified)
-
-    def _verify(self, file: Arrival) -> tuple[snapshot.Meta, KeyFilter]:
-        """For the worker."""
-        file.finish()
-        return self._store.check_received(file.path)
+            self._background(receiving.file.finish, self._on_verified)
 
     def _is_useless(self, index: int) -> bool:
         """Whether the state of `index` would bring nothing that is not here."""
@@ -537,7 +533,7 @@ class Sync:
             self._replica.restored(machine)
             log.info("%r: installed the snapshot of %d", self._replica, meta.applied)
         self._stop_receiving()
-        self._acknowledge(receiving.src, meta.applied, receiving.size, installed=True)
+        self._acknowledge(receiving.src, meta.applied, receiving.file.size_bytes, installed=True)
 
     def _stop_receiving(self) -> None:
         receiving, self._receiving = self._receiving, None

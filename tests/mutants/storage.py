@@ -176,7 +176,10 @@ STORAGE: list[Mutant] = [
         "a snapshot is installed unverified",
         "what arrived is believed, whatever happened to it on the way",
         "ddb.snapshot:check_copy",
-        "if sha256 is not None and found != sha256:",
+        "if found != sha256:",
+        "if False:",
+        "ddb.arrival:Arrival.finish",
+        "if found != self.sha256:",
         "if False:",
         "ddb.snapshot:check_copy",
         "for keys in verify(connection, path):  # not gently: whose data is being replaced serves nobody meanwhile\n"
