@@ -78,7 +78,7 @@ def test_rows_are_verified_while_they_arrive_and_all_are_in_the_end(
         assert known[len(known) // 2] > ROWS // 4, "they are known nearly as soon as they have come"
     found, filter = target.finish()
     assert found == meta
-    assert all(map(filter.may_hold, keys)) and not filter.may_hold("another")
+    assert all(map(filter.may_hold, keys)) and sum(filter.may_hold(f"other{i}") for i in range(1000)) < 200
     target.drop()
     assert "incoming.db" not in disk.list(tmp_path)
 
