@@ -312,7 +312,8 @@ class DoubleBarrier(Met[Lease]):
         return met is not None
 
     async def leave(self, wait_s: float | None = None) -> bool:
-        """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`."""
+        """Go, and wait until all that were met have gone, or have died. Returns whether they had within `wait_s`. Raises
+        LockLost where these took this one for dead meanwhile, so that they may have gone before."""
         lease = self._let_go()
         lease.close()
         patience = Patience(now, plans.deadline_s(now, wait_s))

@@ -334,10 +334,16 @@ def meet(prefix: str, count: int, lease: int, patience: Patience) -> Plan[set[st
 
 
 def part(prefix: str, met: set[str], lease: int, patience: Patience) -> Plan[bool]:
-    """Leave the others that were `met`, and wait until all of them have left. Returns whether they did in time."""
+    """Leave the others that were `met`, and wait until all of them have left. Returns whether they did in time. Raises LockLost
+    where the lease has run out: the others may have left before."""
     line, rev = yield from standing(prefix)
     left = met & {item.key for item in line}
-    yield from ask(questions.lease_revoke(lease))
+    try:
+        yield from ask(questions.lease_revoke(lease))
+    except BadRequest as error:
+        if "lease" not in error.fields:
+            raise
+        raise LockLost("The lease of a barrier's participant ran out within: the others took it for dead.") from None
     return (yield from _until_gone(prefix, left, rev, patience)) if left else True
 
 

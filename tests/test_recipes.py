@@ -145,3 +145,14 @@ def test_a_double_barrier_is_left_before_it_is_entered_again(client: Client) -> 
         barrier.enter()
     assert barrier.leave() and barrier.enter() and barrier.leave()
     assert not client.leases()
+
+
+def test_who_leaves_a_double_barrier_after_its_lease_ran_out_is_told_that_the_others_may_be_gone(
+    client: Client,
+) -> None:
+    barrier = client.double_barrier("d", 1)
+    assert barrier.enter()
+    client.lease_revoke(client.leases()[0].id)
+    with pytest.raises(errors.LockLost, match="took it for dead"):
+        barrier.leave()
+    assert barrier.enter() and barrier.leave()
