@@ -141,6 +141,18 @@ def test_a_forwarded_write_whose_leader_is_lost_is_of_unknown_outcome() -> None:
     assert town.answer(asked)["error"] == "timeout"
 
 
+def test_a_forwarded_write_whose_leader_was_replaced_is_of_unknown_outcome(town: Town) -> None:
+    """The old leader is frozen, or cut off: its connection stands, and it may have done the write all the same."""
+    leader = town.leader()
+    follower = followers(town)[0]
+    town.isolate(leader)
+    asked = town.write(follower, "incr", key="n", timeout_s=60.0)
+    town.leader(other_than=leader)
+    assert town.answer(asked)["error"] == "timeout"
+    town.heal()
+    assert town.answer(town.read(follower, "n"))["found"] is False
+
+
 def test_reads_are_asked_again_when_the_leader_changes(town: Town) -> None:
     old = town.leader()
     follower = followers(town)[0]

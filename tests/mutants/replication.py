@@ -247,6 +247,7 @@ REPLICATION: list[Mutant] = [
         "if settled and asked != leader:",
         "if settled and asked != leader:\n            self._queue_again(writes)\n            del self._forwarded[ticket]\n"
         "            continue\n        if False:",
+        claim="test_replica.py::test_a_forwarded_write_whose_leader_was_replaced_is_of_unknown_outcome",
     ),
     mutant(
         "a lost forward is said not to be done",
