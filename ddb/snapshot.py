@@ -535,9 +535,7 @@ def check_copy(
         if found != sha256:
             raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
-        for keys in verify(
-            connection, path, known=known
-        ):  # not gently: whose data is being replaced serves nobody meanwhile
+        for keys in verify(connection, path, known=known):  # not gently: who needs it serves nobody meanwhile
             take(keys)
         return read_meta(connection, path)
 

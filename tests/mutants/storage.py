@@ -182,7 +182,7 @@ STORAGE: list[Mutant] = [
         "if found != self.sha256:",
         "if False:",
         "ddb.snapshot:check_copy",
-        "for keys in verify(connection, path):  # not gently: whose data is being replaced serves nobody meanwhile\n"
+        "for keys in verify(connection, path, known=known):  # not gently: who needs it serves nobody meanwhile\n"
         "            take(keys)",
         "pass",
         claim="test_store_crash.py::test_a_received_copy_with_a_changed_byte_is_refused",
