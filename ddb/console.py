@@ -22,7 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TextIO
+from typing import IO, Any, Final, TextIO
 
 from ddb import wire
 from ddb.client import Client
@@ -32,6 +32,8 @@ from ddb.overview import wants_colour
 from ddb.settings import USAGE
 
 OK, ERROR, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 3, 4, 5, 130, 141
+
+INPUT_BYTES_MAX: Final = 256 << 20
 
 EXIT_CODES: Final = """exit codes: 0 ok, 1 error, 2 usage, 3 not found, 4 condition not met,
             5 no leader or unreachable, 6 outcome unknown (the write may have happened)"""
@@ -167,9 +169,12 @@ def parse_json(text: str, what: str) -> Any:
         raise UsageError(f"{what} is not JSON: {error.message}") from None
 
 
-def stdin_bytes() -> bytes:
-    """All of standard input."""
-    return sys.stdin.buffer.read()
+def _all_of(stream: IO[bytes], name: str) -> bytes:
+    """What `stream` holds. Raises UsageError, which calls it `name`, where that is more than any request can be."""
+    content = stream.read(INPUT_BYTES_MAX + 1)
+    if len(content) > INPUT_BYTES_MAX:
+        raise UsageError(f"{name} holds more than {INPUT_BYTES_MAX >> 20} MiB; `import` takes that much.")
+    return content
 
 
 def value(text: str, kind: str) -> Any:
@@ -215,13 +220,13 @@ def _elsewhere(argument: str) -> bool:
 
 def _content(argument: str) -> bytes:
     if argument == "-":
-        return stdin_bytes()
+        return _all_of(sys.stdin.buffer, "Standard input")
     if not _elsewhere(argument):
         return os.fsencode(argument.removeprefix("@") if argument.startswith("@@") else argument)
     if argument == "@":
         raise UsageError("After @ the name of a file must follow; @@ stands for a text that begins with @.")
     with open(argument[1:], "rb") as file:
-        return file.read()
+        return _all_of(file, argument[1:])
 
 
 def _text(argument: str) -> str:

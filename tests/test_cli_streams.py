@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ddb import cli, console
 from tests.fake_server import FakeServer
 from tests.harness import environment
 
@@ -130,3 +131,16 @@ def test_a_command_that_the_locale_can_t_name_is_a_sentence(server: FakeServer) 
     script = "lock l -- true →\n"
     done = subprocess.run(argv, input=script.encode(), capture_output=True, env=env, timeout=30)
     assert done.stderr.decode() == "ddb: true can't be run: this locale has no '→'.\n" and done.returncode == 126
+
+
+@pytest.mark.parametrize("line", ["put k -", "put k @FILE -t bytes", "get -", "get @FILE", "txn -"])
+def test_an_input_without_an_end_is_refused_before_it_fills_the_memory(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    monkeypatch.setattr(console, "INPUT_BYTES_MAX", 3 << 20)
+    with open("/dev/zero") as endless:
+        monkeypatch.setattr(sys, "stdin", endless)
+        code = cli.main(["--server", server.address, *line.replace("FILE", "/dev/zero").split()])
+    name = "/dev/zero" if "FILE" in line else "Standard input"
+    assert (code, *capsys.readouterr()) == (2, "", f"ddb: {name} holds more than 3 MiB; `import` takes that much.\n")
+    assert not server.requests
