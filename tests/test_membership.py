@@ -113,3 +113,9 @@ def test_survives_counts_the_leader_and_the_living() -> None:
     assert survives(config("123"), "1", {"2": ALIVE, "3": dead}, PATIENCE)
     assert not survives(config("123"), "1", {"2": dead, "3": dead}, PATIENCE)
     assert not survives(config("123"), "1", {}, PATIENCE), "a member never heard of counts as dead"
+
+
+def test_survives_counts_neither_who_is_in_doubt_nor_who_has_just_fallen_silent() -> None:
+    dead = Standing(10.0, caught_up=False)
+    for unsure in (replace(ALIVE, counts=False), replace(ALIVE, silent_s=0.6), replace(ALIVE, connected=False)):
+        assert not survives(config("123"), "1", {"2": unsure, "3": dead}, PATIENCE)
