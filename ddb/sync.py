@@ -39,7 +39,7 @@ from ddb.store import Checkpoint, Store
 log = logging.getLogger(__name__)
 
 CHUNKS_IN_FLIGHT: Final = 48  # while the receiver's worker is at some rows, or at an fdatasync
-CHUNKS_AT_ONCE: Final = 4  # for each acknowledgement: more would keep the loop from its other work
+CHUNKS_AT_ONCE: Final = 2  # in a turn: more would keep the loop from its other work
 SEND_PATIENCE_S: Final = 60.0  # without an acknowledgement; the receiver verifies before the last one
 FOLLOW_PATIENCE_S: Final = 60.0  # for a member to catch up behind its snapshot
 RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
@@ -161,6 +161,8 @@ class Sync:
                 self._on_chunk(m)
             elif type(m) is SnapshotReply:
                 self._on_acknowledged(m, now)
+        for peer in sorted({m.src for m in ready.chunks if type(m) is SnapshotReply} & self._sendings.keys()):
+            self._send_chunks(peer)
 
     def _needs_news(self, peer: str) -> bool:
         """Whether `peer` should get a checkpoint of now, and not the last one and what the log has behind it: that is quicker
@@ -413,7 +415,6 @@ class Sync:
         if m.offset < sending.acknowledged:
             sending.next = m.offset  # it begins anew
         sending.acknowledged = m.offset
-        self._send_chunks(m.src)
 
     def _give_up(self, peer: str, why: str) -> None:
         log.warning("%r: the snapshot for %s is given up: %s", self._replica, peer, why)
