@@ -6,6 +6,7 @@ Laws:
 2. An interrupt (Ctrl-C) in the middle of a call leaves no half-read connection in use.
 3. No step outlasts the deadline that it was given.
 4. What one thread does never waits for another's call: each call under way has connections of its own.
+5. A process that was forked off shares no connection with its parent: each would read replies that the other asked for.
 
 Theory. What a call does next is decided in calls.py, without I/O; here each of its steps is done, one after another, in
 the caller's own thread. A `Caller` carries one call at a time; `Callers` lends one to each call, and keeps those that
@@ -15,9 +16,11 @@ are idle for the next: a program with one thread has one connection to each node
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -129,6 +132,9 @@ class Guest(Protocol):
     def close(self) -> None:
         """End it. May be called twice."""
 
+    def _forked(self) -> None:
+        """This is a child process from now on: let go of what is the parent's, without a word to the cluster."""
+
 
 class Callers:
     """All connections of one client, and what is `known` of where the nodes are and who leads.
@@ -145,6 +151,7 @@ class Callers:
         self._lock = threading.Lock()
         self._guests: set[Guest] = set()
         self.closed = False
+        _everybody.add(self)
 
     def call(self, request: Mapping[str, Any], at: str | None, timeout_s: float) -> dict[str, Any]:
         """As Caller.call, in whichever thread. Raises BadRequest where the client is closed."""
@@ -175,6 +182,13 @@ class Callers:
         self.idle.append(caller)
         if self.closed:  # meanwhile: whoever comes last closes it
             self._close_idle()
+
+    def _forked(self) -> None:
+        """As Guest says. Other threads are gone, and what they had locked stays so."""
+        self._lock = threading.Lock()
+        self._close_idle()
+        for guest in self._guests:
+            guest._forked()
 
     def _close_idle(self) -> None:
         while self.idle:
@@ -222,3 +236,15 @@ class Callers:
         for guest in guests:
             guest.close()
         self._close_idle()
+
+
+_everybody: weakref.WeakSet[Callers] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    for callers in list(_everybody):
+        callers._forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

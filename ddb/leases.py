@@ -59,6 +59,7 @@ class Lease(KeptLease):
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._caller: Caller | None = None
+        self._inherited = False
 
     def keepalive(self, *, timeout_s: float | None = None) -> float:
         """Give a sign of life, once. Returns the seconds for which it surely lives from now on. Raises BadRequest where
@@ -124,11 +125,23 @@ class Lease(KeptLease):
         self.give_back()
 
     def give_back(self) -> None:
-        """End it. Where nobody can be told, it runs out."""
+        """End it. Where nobody can be told, it runs out; and where it was begun by the process that this one was forked off
+        from, it is left to that."""
+        if self._inherited:
+            return
         try:
             self.revoke()
         except DdbError as error:
             _log.warning("what hangs on lease %d is free only when that has run out: %s", self.id, error)
+
+    def _forked(self) -> None:
+        """The parent keeps it alive, and ends it."""
+        self._inherited = True
+        self._stop, self._thread = threading.Event(), None
+        self._stop.set()
+        if self._caller is not None:
+            self._caller.close()
+            self._caller = None
 
     def _patience(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else seconds(timeout_s, "timeout_s")
@@ -171,11 +184,21 @@ class Numbers(keeping.Numbers):
     def __init__(self, client: int) -> None:
         super().__init__(client)
         self._changed = threading.Condition()
+        self._pid = os.getpid()
+
+    @property
+    def inherited(self) -> bool:
+        """Whether they are another process's, that this one was forked off from: a number must not be given out twice."""
+        return self._pid != os.getpid()
 
     @contextlib.contextmanager
     def numbered(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> Iterator[list[dict[str, Any]]]:
         """As many of the first `requests` as may go now, at least one, for the time of a block. Raises Overloaded where
         none may within `timeout_s`."""
+        if self.inherited:
+            raise BadRequest(
+                "This session is that of another process, which this one was forked off from; open one here."
+            )
         begun: list[dict[str, Any]] = []
 
         def begin() -> bool:
@@ -223,7 +246,7 @@ class Session(KeptSession[Numbers]):
         >>> session.close()
         """
         numbers, self._numbers = self._numbers, None
-        if numbers is None:
+        if numbers is None or numbers.inherited:
             return
         try:
             self._client.ask(questions.session_close(numbers.client), self._timeout_s)

@@ -355,7 +355,7 @@ class _Sessional(Shared):
         around = keeping.current(self.client)
         if isinstance(around, Numbers):
             return around
-        if self._session is None:
+        if self._session is None or self._session.numbers.inherited:
             self._session = self.client.session().open()
         return self._session.numbers
 

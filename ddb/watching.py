@@ -118,6 +118,16 @@ class Watch:
     ) -> None:
         self.close()
 
+    def _forked(self) -> None:
+        """The parent goes on with the connection; here another one is opened, from where this one was."""
+        self._busy = threading.Lock()
+        self._steps, self._step = self._following.run(), None
+        self._drop()
+        self._bell.close()
+        self._button.close()
+        if not self._closed.is_set():
+            self._bell, self._button = socket.socketpair()
+
     # ------------------------------------------------------------ the driver
 
     def _clear(self) -> None:
