@@ -7,10 +7,12 @@ Laws:
 * While a snapshot is on its way, and for a while after, the log behind it is kept, so that it can take over where the
   snapshot ends.
 
-Theory. A member whose log lags behind what the leader still has, or whose data proved wrong, is sent a *copy* of the
-leader's newest checkpoint: one SQLite file, as it is on the leader's disk, in chunks, a few of them in flight, acknowledged by the offset up to which
-the file has arrived (Raft §7). An acknowledgement that goes back asks for a restart; where none comes, chunks are sent
-again. What takes long (writing a checkpoint, copying, verifying) runs in the `background`, a function
+Theory. A member whose log lags behind what the leader still has, or whose data proved wrong, is sent the leader's newest
+checkpoint: one SQLite file, as it is on the leader's disk, in chunks, some of them in flight, acknowledged by the offset
+up to which the file has been written (Raft §7). An acknowledgement that goes back asks for a restart; where none comes,
+chunks are sent again. What is behind the checkpoint comes as log; only where that would be much is a new one made first.
+
+What takes long (writing a checkpoint, hashing, writing what arrives, verifying) runs in the `background`, a function
 `background(work, done)` that calls `done(result, error)` on the loop; everything else is done on the loop.
 """
 
