@@ -284,8 +284,10 @@ class Rules:
         raft = seen.node.replica.raft
         kind = type(m)
         if kind is Append:
-            if (seen.alive or seen.stalled) and m.term >= raft.term:
-                seen.alive, seen.stalled = set(), set()
+            if m.term >= raft.term:
+                seen.ask = -1  # who hears a leader waits for no answer any more: what comes late stops nobody
+                if seen.alive or seen.stalled:
+                    seen.alive, seen.stalled = set(), set()
             if m.term < raft.term:
                 self.met("stale leader refused")
             elif m.batches and m.batches[0].first <= raft.log.last_index:
