@@ -79,11 +79,11 @@ def _judged(make: Callable[..., L], args: argparse.Namespace) -> L:
 def _hold(lock: Lock, args: argparse.Namespace) -> int:
     """Wait for the lock, run COMMAND (or wait for an interrupt) while it is held, and give it back."""
     with Interrupts():
-        if not lock.acquire(args.wait):
-            who = ", ".join(one_line(to_wire(holder.value)) for holder in lock.holders()) or "nobody any more"
-            complain(f"{lock.name!r} was not to be had within {args.wait:g} s; it is held by {who}.")
-            return CONDITION_NOT_MET
         try:
+            if not lock.acquire(args.wait):
+                who = ", ".join(one_line(to_wire(holder.value)) for holder in lock.holders()) or "nobody any more"
+                complain(f"{lock.name!r} was not to be had within {args.wait:g} s; it is held by {who}.")
+                return CONDITION_NOT_MET
             code = _run(args.words, lock) if args.words else _wait(lock, args)
             lost = lock.lost
         finally:

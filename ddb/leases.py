@@ -100,7 +100,11 @@ class Lease(KeptLease):
             self._callers.enter(self)
             self._caller = Caller(self._callers.known)
             self._thread = threading.Thread(target=self._keep, name=f"ddb-lease-{self.id}", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:  # an interrupt, whether it runs already or not: nobody will have the lease
+                self._stop.set()
+                raise
         return self
 
     def close(self) -> None:
@@ -114,7 +118,10 @@ class Lease(KeptLease):
         if self._caller is not None:
             self._caller.abort()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            try:
+                self._thread.join()
+            except RuntimeError:
+                pass  # an interrupt came while it was started: it ends as soon as it begins
 
     def __enter__(self) -> Lease:
         return self.keep()

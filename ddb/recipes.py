@@ -70,11 +70,11 @@ class Semaphore(Holding[Lease]):
         try:
             lease.keep()
             item = self._client.run(plans.enter(self.prefix, self.limit, lease.id, value, patience))
+            if item is not None:
+                self._lease, self._token = lease, item.created
         finally:
             if item is None:
                 lease.give_back()
-        if item is not None:
-            self._lease, self._token = lease, item.created
         return item is not None
 
     def release(self) -> None:
@@ -104,7 +104,12 @@ class Semaphore(Holding[Lease]):
         return self
 
     def _take(self) -> None:
-        if not self.acquire(self._wait_s):
+        try:
+            got = self.acquire(self._wait_s)
+        except KeyboardInterrupt:  # which may come when it was got already, and there will be no block
+            self.release()
+            raise
+        if not got:
             raise self._not_in_time(self._wait_s)
 
     def __exit__(
@@ -238,10 +243,12 @@ class Barrier(Raised[Lease]):
         """
         if self._key is not None:
             return
-        lease = None if self.ttl_s is None else self._client.lease(self.ttl_s).keep()
+        lease = None if self.ttl_s is None else self._client.lease(self.ttl_s)
         key = plans.key_of(self.prefix, int.from_bytes(os.urandom(8)) if lease is None else lease.id)
         put = questions.put(key, whoami(), None, lease)
         try:
+            if lease is not None:
+                lease.keep()
             self._token = self._client.run(plans.insist(put, lambda: True)).rev
         except BaseException:
             if lease is not None:
@@ -304,10 +311,11 @@ class DoubleBarrier(Met[Lease]):
         """
         self._free()
         deadline_s = plans.deadline_s(now, wait_s)
-        lease = self._client.lease(self.ttl_s).keep()
+        lease = self._client.lease(self.ttl_s)
         patience = Patience(now, deadline_s, lambda: lease.until_s)
         met = None
         try:
+            lease.keep()
             met = self._client.run(plans.meet(self.prefix, self.count, lease.id, patience))
         finally:
             if met is None:
@@ -450,8 +458,9 @@ class Task(Claimed[Lease]):
     def __enter__(self) -> Task:
         client, name = self._queue.client, self._queue.name
         deadline_s = plans.deadline_s(now, self._wait_s)
-        lease = client.lease(self._ttl_s).keep()
+        lease = client.lease(self._ttl_s)
         try:
+            lease.keep()
             patience = Patience(now, deadline_s, lambda: lease.until_s)
             claimed = client.run(plans.claim(name, lease.id, patience))
             self._item, self._token = claimed if claimed is not None else (None, 0)

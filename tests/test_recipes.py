@@ -12,6 +12,7 @@ import ddb
 from ddb import aio, console, errors, plans
 from ddb.client import Client
 from ddb.commands import KEY_BYTES_MAX
+from tests.harness import wait
 
 NOBODY = "127.0.0.1:1"
 MAKERS: dict[str, Callable[[Any, Any], Any]] = {
@@ -156,3 +157,50 @@ def test_who_leaves_a_double_barrier_after_its_lease_ran_out_is_told_that_the_ot
     with pytest.raises(errors.LockLost, match="took it for dead"):
         barrier.leave()
     assert barrier.enter() and barrier.leave()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before it runs", "when it runs"])
+def test_an_interrupt_in_the_midst_of_taking_something_keeps_nothing_alive(
+    client: Client, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if late:
+            start(thread)
+        raise KeyboardInterrupt
+
+    with client.queue("q") as queue:
+        queue.put("letter")
+        takes = [
+            client.lock("l").__enter__,
+            client.semaphore("s", 2).acquire,
+            client.election("e").campaign,
+            client.barrier("b", ttl_s=60).hold,
+            client.double_barrier("d", 1).enter,
+            queue.take(ttl_s=60).__enter__,
+        ]
+        for take in takes:
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(threading.Thread, "start", interrupted)
+                take()
+            assert not client.leases(), take
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(threading.Thread, "start", interrupted)
+            client.lease(0.2).__enter__()
+        wait(lambda: not client.leases(), what="a lease that nobody has runs out")
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ddb-lease")]
+        with queue.take(wait_s=1) as task:
+            assert task.value == "letter"
+
+
+def test_an_interrupt_that_comes_when_a_lock_was_just_got_gives_it_back(client: Client) -> None:
+    class Interrupted(type(client.lock("l"))):  # type: ignore[misc]
+        def acquire(self, wait_s: float | None = None) -> bool:
+            super().acquire(wait_s)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Interrupted(client, "l").__enter__()
+    with client.lock("l", wait_s=0):
+        assert len(client.leases()) == 1
