@@ -77,9 +77,8 @@ class TenureRules:
         self._ended: dict[int, tuple[float, _Lease]] = {}  # expired leases: when
         self._of: dict[str, int] = {}  # key -> lease
         self._begun: list[tuple[float, int]] = []  # since when the leader of a term counts
-        self._renewed: dict[
-            int, list[tuple[float, int]]
-        ] = {}  # lease -> when it was kept alive, by the leader of a term
+        self._renewed: dict[int, list[tuple[float, int, float]]] = {}
+        """Lease -> when it was kept alive, by the leader of which term, and how far the clocks had been put forward then."""
 
     def attach(self, host: Host, node: Node) -> None:
         """Watch the program that has just begun on `host`."""
@@ -108,7 +107,7 @@ class TenureRules:
             if not reading:
                 raise Violation(CONFIRMED, host.name, f"lease {lease} at {node!r}")
             ttl_ms = keep(lease, now)
-            self._renewed.setdefault(lease, []).append((self._now(), replica.raft.term))
+            self._renewed.setdefault(lease, []).append((self._now(), replica.raft.term, self._jumped_s()))
             return ttl_ms
 
         replica._answer_writes = watch_answers  # type: ignore[method-assign]
@@ -149,7 +148,8 @@ class TenureRules:
         self.met("lease kept alive")
         leads = max((term for at, term in self._begun if at < asked), default=0)
         renewed = self._renewed.get(lease, [])
-        if not any(at >= asked and term >= leads for at, term in renewed):
+        counted = next((jumped_s for at, term, jumped_s in renewed if at >= asked and term >= leads), None)
+        if counted is None:
             what = f"lease {lease}, asked for at {asked:.6f}, when term {leads} counted: {renewed[-3:]}"
             raise Violation(COUNTED, "a client", what)
         if lease in self._ended:
@@ -157,7 +157,7 @@ class TenureRules:
             self._look_at_end("a client", lease, known, max(asked, known.since), ended)
         known_now = self._leases.get(lease)
         if known_now is not None and asked > known_now.since:
-            known_now.since, known_now.jumped_s = asked, self._jumped_s()
+            known_now.since, known_now.jumped_s = asked, counted  # a clock may have jumped before the answer came
 
     @property
     def leases(self) -> list[int]:
