@@ -14,7 +14,6 @@ How it ends: SIGTERM or SIGINT makes it stop accepting, hand over the leadership
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
 import socket
@@ -46,7 +45,7 @@ from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
 from ddb.tenure import SESSION_UNUSED_S, Tenure
-from ddb.world import OsWorld, World
+from ddb.world import OsWorld, World, settle_collector
 
 log = logging.getLogger("ddb.node")
 
@@ -58,7 +57,7 @@ MOVE_LEAD_EVERY_S: Final = 2.0
 HAND_OVER_S: Final = 1.0
 DRAIN_S: Final = 2.0
 LINGER_S: Final = 0.2
-YOUNG_OBJECTS_MAX: Final = 20_000
+REMOVED: Final = "This node was removed from its cluster. To let it join again as a new member, remove {}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,7 @@ class Node:
             self._discovery = Discovery(self.loop, settings.registry, self._introduce, self._on_nodes)
             self._closing.append(self._discovery.close)
         if identity.founding is not None and raft.log.last_index == 0 and raft.term == 0:
-            raft.found(Configuration.from_json(identity.founding), self.world.wall_ms())
+            raft.found(Configuration.from_json(identity.founding), identity.founding.get("at", self.world.wall_ms()))
         elif identity.cluster is None and settings.registry is None:
             self._found(self.world.new_id(), [])
 
@@ -210,8 +209,11 @@ class Node:
         config = Configuration(cluster, self.settings.election, tuple(members))
         log.info("%r: begins cluster %s of %d", self, cluster, len(members))
         # The identity first: after a crash in between, the node founds the same cluster again.
-        self._change_identity(cluster=cluster, founding=config.to_json(), members=tuple(m.id for m in members))
-        self.replica.raft.found(config, self.world.wall_ms())
+        # It is the same to the byte: others may hold its first entry, though this node's log loses it.
+        at_ms = self.world.wall_ms()
+        founding = {**config.to_json(), "at": at_ms}
+        self._change_identity(cluster=cluster, founding=founding, members=tuple(m.id for m in members))
+        self.replica.raft.found(config, at_ms)
 
     # --- the registry -------------------------------------------------------------------------------------------
 
@@ -280,9 +282,7 @@ class Node:
     def refused(self, peer: str, code: str, message: str) -> None:
         """See peers.Host."""
         if code == "forbidden":
-            raise Fatal(
-                f"This node was removed from its cluster. To let it join again as a new member, remove {self.data.path}."
-            )
+            raise Fatal(REMOVED.format(self.data.path))
         log.warning("%r: %s refused our connection: %s", self, peer, message)
 
     def _send(self, message: Message) -> None:
@@ -395,7 +395,10 @@ class Node:
             )
 
     def _expel(self, committed: Configuration) -> None:
-        """Tell those who were removed: the leader that did it may be gone, and speaks to them no more anyway."""
+        """Tell those who were removed: the leader that did it may be gone, and speaks to them no more anyway. Who knows of
+        its own removal need not be told; nobody may be left who could."""
+        if self.id in committed.removed:
+            raise Fatal(REMOVED.format(self.data.path))
         if committed.removed is not self._removed:
             self._removed = committed.removed
             for id in committed.removed:
@@ -673,12 +676,7 @@ def main(argv: list[str] | None = None) -> int:
         node = Node(settings)
         if asked_to_leave:
             node.loop.post(node.leave)
-        # What start-up has made stays: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        # A turn's writes are young objects until they are answered: by default the collector looks at them some times a turn,
-        # and finds nothing to free, for a twentieth of a busy node's time. So many take it some 2 ms.
-        gc.set_threshold(YOUNG_OBJECTS_MAX, 20, 20)
+        settle_collector()
         node.run()
         return 0
     except StartupError as error:

@@ -6,14 +6,18 @@ What regression_seeds.txt tells has its test in the room where the cause was; he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from ddb.messages import InstallSnapshot, SnapshotReply
+from ddb.node import Node, Settings
 from ddb.raft import Ready
 from ddb.sim import Options, Simulation
 from ddb.simtown import Town
+from ddb.world import OsWorld
 from tests.test_sync import Receiver, leaders_copy
 from tests.test_sync_lost import Pair
 
@@ -106,3 +110,44 @@ def test_a_member_that_hears_nobody_knocks_at_those_it_has_never_heard_of(town: 
     assert node is not None
     until(town, lambda: (new := ids(town).get("n4")) is not None and new in node.peers._links)
     assert node.replica.raft.config.member(ids(town)["n4"]) is None, "the registry alone has told of it"
+
+
+# ---------------------------------------------------- how a membership begins and ends
+
+
+class At(OsWorld):
+    """The world at another time of day."""
+
+    def __init__(self, wall_ms: int) -> None:
+        super().__init__()
+        self._wall_ms = wall_ms
+
+    def wall_ms(self) -> int:
+        return self._wall_ms
+
+
+def test_a_cluster_that_is_founded_again_begins_with_the_same_bytes(tmp_path: Path) -> None:
+    """Seed 801284: the founder's log lost its first entry, which the others held."""
+    firsts = set()
+    for wall_ms in (1_700_000_000_000, 1_700_000_009_999):
+        node = Node(Settings(tmp_path, port=0), At(wall_ms))  # it is never run, so its log stays empty
+        try:
+            firsts.add(node.replica.raft.log.batch_at(1).data)
+        finally:
+            node.close()
+    assert len(firsts) == 1 and b'"at":1700000000000,' in firsts.pop()
+
+
+def test_a_leader_that_knows_of_its_own_removal_ends_though_nobody_can_tell_it(town: Town) -> None:
+    """Seed 800921: the notice was lost with the connection."""
+    name = town.leader
+    assert name is not None
+    node = town.node(name)
+    assert node is not None
+    raft = node.replica.raft
+    until(town, lambda: raft.has_committed_in_term and raft.config_index <= raft.commit)
+    node.replica.change(raft.config.without(node.id), Mock(done=False, deadline=float("inf")))
+    until(town, lambda: raft.config_index <= raft.commit)
+    others = [other for other in town.nodes if other != name]
+    town.network.block([link for other in others for link in ((name, other), (other, name))])
+    until(town, lambda: town.node(name) is not node, within_s=5.0)
