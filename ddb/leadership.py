@@ -58,11 +58,6 @@ class Progress:
     vouched: bool = False  # every member elected the leader, so no forgotten vote can matter
 
     @property
-    def in_step(self) -> bool:
-        """Whether it takes appends as they come, and its acknowledgements count."""
-        return not self.probing and not self.snapshot and self.counts
-
-    @property
     def counts(self) -> bool:
         """Whether the member's word is good: it is not in doubt."""
         return self.doubt_at is None or self.vouched

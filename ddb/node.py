@@ -173,9 +173,9 @@ class Node:
         self._closing.append(self.sync.close)
         self.tenure = Tenure(self.replica, self.world.wall_ms, settings.session_unused_s)
         self.replica.snapshots = self.sync
-        self.replica.saver.remember = self._remember
+        self.replica.remember = self._remember
         raft.remembered = frozenset(self.data.identity.members)
-        self.replica.saver.push = self.loop.flush
+        self.replica.push = self.loop.flush
         log.info("%r: node %s, data in %s, %d keys", self, self.id, self.data.path, store.key_count)
 
     def _election(self, name: str) -> Election:

@@ -182,15 +182,6 @@ class Raft:
         return self.log.count_after(self.commit) < self.bounds.batches_in_flight_max
 
     @property
-    def commits_without_own(self) -> bool:
-        """Whether this leads, and other voters that are in step make a majority without it."""
-        leadership, voters = self._leadership, self.config.voters
-        if leadership is None:
-            return False
-        others = [leadership.progress[v].in_step for v in voters if v in self._connected and v != self.id]
-        return 2 * sum(others) > len(voters)
-
-    @property
     def has_committed_in_term(self) -> bool:
         """Whether this leads and has committed an entry of its own term: then its commit index is the cluster's."""
         return self._leadership is not None and self._leadership.has_committed

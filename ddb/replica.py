@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from ddb import backlog, codec, kv, wire
@@ -38,11 +38,12 @@ from ddb.messages import (
     Configuration,
     Forward,
     ForwardReply,
+    HardState,
     Message,
+    RaftMessage,
     Role,
 )
 from ddb.raft import NOTHING, Raft, Ready
-from ddb.saving import Journal, Saver
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,25 @@ class Reader(Waiter, Protocol):
         """Whether a reply of any size may be given now."""
 
 
+class Journal(Protocol):
+    """The log's writer. It reports each ticket back, in order, to `Replica.saved`; what it saved in place, at once.
+
+    `saved` is the highest ticket that is durable.
+    """
+
+    saved: int
+
+    def save(
+        self,
+        hard_state: HardState | None,
+        batches: Sequence[Batch] = (),
+        reset: tuple[int, int] | None = None,
+        *,
+        in_place: bool = False,
+    ) -> int:
+        """Make these durable: soon, or `in_place`, before this returns, where that can be. Returns the ticket."""
+
+
 class Snapshots(Protocol):
     """The snapshot's side of a member (snapshots.py)."""
 
@@ -87,6 +107,17 @@ class Snapshots(Protocol):
 
 Write = tuple[bytes, Command, Waiter]
 Read = tuple[Command, Reader]
+
+
+@dataclass(slots=True)
+class _Saving:
+    """What becomes true, and may be sent, when the journal reports `ticket`."""
+
+    ticket: int
+    index: int
+    term: int
+    hard_state: HardState | None
+    messages: list[RaftMessage]
 
 
 class _ForwardedPart:
@@ -154,13 +185,19 @@ class Replica:
         self.send = send
         self.bounds = bounds or Bounds()
         self.snapshots: Snapshots | None = None
-        self.saver = Saver(raft, journal, lambda message: self.send(message))  # rules may watch `send`
+        # What was sent leaves now: before the journal's thread wakes up, and competes for the interpreter with each
+        # system call that sends. The followers' disks are the longer way. A lone put takes a fifth less time for it.
+        self.push: Callable[[], None] = lambda: None
+        # Called before a configuration goes to the log: so it is remembered longer than the log may be.
+        self.remember: Callable[[Configuration], None] = lambda config: None
         # How a read is answered: from the table, and where a chronicle is kept, from that (chronicle.py).
         self.look_up: Callable[[kv.Table, Command, int], bytes] = kv.answer
         self.diverged = False  # the state here is known to be wrong: nothing is answered from it
         self.read_only = False  # the disk here is full: see `full`
+        self._journal = journal
         self._read_batch = read_batch
         self._wall_ms = wall_ms
+        self._saving: deque[_Saving] = deque()
         self._writes: deque[Write] = deque()
         self._writes_bytes = 0  # of the entries in that queue
         self._proposed: deque[tuple[int, int, list[Write]]] = deque()  # (first, term, its writes), in log order
@@ -268,7 +305,11 @@ class Replica:
 
     def saved(self, ticket: int, now: float) -> None:
         """The journal reports that all saves up to `ticket` are durable."""
-        self.saver.saved(ticket, now)
+        while self._saving and self._saving[0].ticket <= ticket:
+            saving = self._saving.popleft()
+            self.raft.saved(saving.index, saving.term, saving.hard_state, now)
+            for message in saving.messages:
+                self.send(message)
 
     def full(self, full: bool) -> None:
         """The disk here has no room any more (or has some again): this member leads only while nobody else can, for the
@@ -301,7 +342,6 @@ class Replica:
         ready = raft.ready(now)
         if ready is not NOTHING:
             self._work_off(ready, now)
-        self.saver.settle(now)
         if self._reads_applying or (self._reads_deferred and self._deferred_due):
             self._answer_reads()
         if self.snapshots is not None:
@@ -312,10 +352,8 @@ class Replica:
         for message in ready.messages:
             self.send(message)
         if ready.batches and ready.messages:
-            # What was sent leaves now: before the journal's thread wakes up, and competes for the interpreter with each
-            # system call that sends. The followers' disks are the longer way. A lone put takes a fifth less time for it.
-            self.saver.push()
-        self.saver.take(ready, now)
+            self.push()
+        self._save(ready, now)
         if not backlog.is_long(ready.committed):
             for batch in ready.committed:
                 self._apply(batch)
@@ -431,7 +469,28 @@ class Replica:
         for (_, _, waiter), body in zip(writes, m.replies, strict=True):
             waiter.reply(wire.splice(body, self._leader_field) if self._leader_field else body)
 
-    # --- apply, answer ------------------------------------------------------------------------------------------
+    # --- save, apply, answer ------------------------------------------------------------------------------------
+
+    def _save(self, ready: Ready, now: float) -> None:
+        if ready.hard_state or ready.batches or ready.reset:
+            # A follower has nothing better to do than to save: to hand the batches to the writer's thread, and to be woken
+            # by it, would take longer than a good disk's fdatasync. A leader takes in requests meanwhile.
+            in_place = not self.is_leader
+            for batch in ready.batches:
+                if batch.config is not None:
+                    self.remember(batch.config)
+            ticket = self._journal.save(ready.hard_state, ready.batches, ready.reset, in_place=in_place)
+            last = ready.batches[-1] if ready.batches else None
+            index, term = (last.last, last.term) if last else (0, 0)
+            self._saving.append(_Saving(ticket, index, term, ready.hard_state, ready.after_save))
+            if self._journal.saved >= ticket:
+                self.saved(ticket, now)
+                self.push()  # the leader waits for the acknowledgement, and nobody for what is applied next
+        elif self._saving:
+            self._saving[-1].messages.extend(ready.after_save)
+        else:
+            for message in ready.after_save:
+                self.send(message)
 
     def _apply(self, batch: Batch) -> None:
         if self.diverged:

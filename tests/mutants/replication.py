@@ -7,7 +7,6 @@ from tests.mutants.planting import Mutant, mutant
 RAFT = "ddb.raft:Raft."
 LEAD = "ddb.leadership:Leadership."
 REPLICA = "ddb.replica:Replica."
-SAVER = "ddb.saving:Saver."
 
 REPLICATION: list[Mutant] = [
     mutant(
@@ -167,38 +166,14 @@ REPLICATION: list[Mutant] = [
     mutant(
         "a reply overtakes the saves before it",
         "what need not be saved itself is sent at once, though it speaks of a term or an entry still on its way to the disk",
-        SAVER + "take",
+        REPLICA + "_save",
         "elif self._saving:",
         "elif False:",
     ),
     mutant(
-        "what the leader holds back counts as saved",
-        "the leader counts its own copy for a commit though it is in memory alone",
-        SAVER + "take",
-        "self._held_bytes += sum([len(batch.data) for batch in ready.batches])",
-        "self._raft.saved(ready.batches[-1].last, ready.batches[-1].term, None, now)",
-        claim="test_saving.py::test_what_is_held_back_does_not_count_as_durable",
-    ),
-    mutant(
-        "what the leader held back is forgotten with the leadership",
-        "a leader that steps down saves what comes next, and never what it held back",
-        SAVER + "_save",
-        "[*self._held, *batches]",
-        "batches",
-        claim="test_saving.py::test_a_leader_that_steps_down_saves_what_it_held_back",
-    ),
-    mutant(
-        "holds back though it is needed",
-        "a leader waits with its own copy where the others are no majority, and nothing is committed before a tick has passed",
-        SAVER + "_may_wait",
-        "or not self._raft.commits_without_own",
-        "",
-        claim="test_saving.py::test_where_the_others_are_no_majority_the_leader_saves_at_once",
-    ),
-    mutant(
         "any report of the disk stands for all saves",
         "one finished save sends the replies of all that wait",
-        SAVER + "saved",
+        REPLICA + "saved",
         "while self._saving and self._saving[0].ticket <= ticket:",
         "while self._saving:",
     ),
