@@ -45,7 +45,7 @@ from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
 from ddb.tenure import SESSION_UNUSED_S, Tenure
-from ddb.world import OsWorld, World, settle_collector
+from ddb.world import OsWorld, World, keep_turns_whole, settle_collector
 
 log = logging.getLogger("ddb.node")
 
@@ -661,6 +661,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     sys.set_int_max_str_digits(wire.DIGITS_MAX)
     raise_descriptor_limit()
+    keep_turns_whole()
     node: Node | None = None
     asked_to_leave = False
 

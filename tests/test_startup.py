@@ -368,3 +368,14 @@ def test_two_signals_are_one(cluster: Clusters) -> None:
         os.kill(server.pid, signal.SIGINT)
         assert server.wait_ended() == 0, server.log
         assert "Traceback" not in server.log
+
+
+# How it runs
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="this system knows no such policy")
+def test_a_nodes_turns_are_not_interrupted_by_whom_they_wake(cluster: Clusters) -> None:
+    (node,) = cluster(1).nodes
+    threads = [int(thread.name) for thread in Path(f"/proc/{node.pid}/task").iterdir()]
+    assert len(threads) > 1
+    assert {os.sched_getscheduler(thread) for thread in threads} == {os.SCHED_BATCH}
