@@ -56,6 +56,13 @@ Piece = bytes | memoryview
 PEER_TIMEOUT_S: Final = 10.0
 """After this long without an acknowledgement the kernel ends a connection between nodes (tcp(7), TCP_USER_TIMEOUT)."""
 
+_PEER_PATIENCE: Final = {
+    "TCP_USER_TIMEOUT": int(PEER_TIMEOUT_S * 1000),
+    "TCP_KEEPIDLE": int(PEER_TIMEOUT_S / 2),  # by default two hours
+    "TCP_KEEPINTVL": 1,
+    "TCP_KEEPCNT": int(PEER_TIMEOUT_S / 2),
+}
+
 LINGER_S: Final = 1.0
 """How long a connection that we end is still read, so that a reset can't overtake our last reply."""
 
@@ -514,10 +521,11 @@ def prepare(sock: socket.socket) -> None:
 
 
 def prepare_for_peer(sock: socket.socket) -> None:
-    """Nothing arrives to say that a peer vanished behind a dropped route: have the kernel give up on it."""
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(PEER_TIMEOUT_S * 1000))
+    """Nothing arrives to say that a peer vanished behind a dropped route: have the kernel give up on it, also where we only
+    listen, and so have nothing on the way that could stay unanswered."""
+    for name, value in _PEER_PATIENCE.items():
+        with contextlib.suppress(AttributeError, OSError):  # not every system has them all
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 # ----------------------------------------------------------------- dialling
