@@ -25,8 +25,9 @@ from ddb.errors import StartupError
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who a node is. `founding` is the configuration of a cluster that this node was granted to begin, and `at` when,
-    until that stands in its log. `born`: the log has been made, so one that is missing later was lost. `members` are the ids of the members, as
-    the log named them last: should it lose its end, that must not be forgotten with it (raft.py, unanimity)."""
+    until that stands in its log. `born`: the log has been made, so one that is missing later was lost. `members` are the
+    ids of the members, as the log named them last: should it lose its end, that must not be forgotten with it (raft.py,
+    unanimity)."""
 
     id: str
     cluster: str | None = None
