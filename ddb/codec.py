@@ -52,7 +52,6 @@ _KINDS: Final[dict[str, type[Any]]] = {
     "timeout_now": TimeoutNow,
     "read": ReadRequest,
     "read_reply": ReadReply,
-    "install": InstallSnapshot,
     "install_reply": SnapshotReply,
     "install_request": SnapshotRequest,
     "call": Call,
@@ -64,7 +63,7 @@ _FIELDS: Final = {
 }
 _BOOLS: Final = {False: b"false", True: b"true"}
 _ANSWERS: Final = ("leader", "alive", "yield")
-_CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "bytes": str, "dict[str, Any]": dict}
+_CHECKS: Final[dict[str, type[Any]]] = {"int": int, "str": str, "bool": bool, "dict[str, Any]": dict}
 
 
 def encode_batch(
@@ -125,11 +124,7 @@ def encode_message(message: Message) -> bytes:
         return b'{"m":"forward","ticket":%d,%b}' % (message.ticket, _sized(b"entries", message.entries))
     if type(message) is ForwardReply:
         return b'{"m":"forwarded","ticket":%d,%b}' % (message.ticket, _sized(b"replies", message.replies))
-    values: dict[str, Any] = {"m": _NAMES[type(message)]}
-    for name in _FIELDS[type(message)]:
-        value = getattr(message, name)
-        values[name] = value.hex() if type(value) is bytes else value
-    return wire.encode(values)
+    return wire.encode({"m": _NAMES[type(message)], **{n: getattr(message, n) for n in _FIELDS[type(message)]}})
 
 
 def decode_message(payload: bytes, src: str, dst: str) -> Message:
@@ -159,7 +154,7 @@ def decode_message(payload: bytes, src: str, dst: str) -> Message:
         field: Any = value.get(name)
         if type(field) is not _CHECKS[type_name] or (type_name == "int" and field < 0):
             raise BadRequest(f"a peer's {kind!r} message has no {type_name} in {name!r}")
-        arguments[name] = _unpacked(field) if type_name == "bytes" else field
+        arguments[name] = field
     if cls is ElectionReply and arguments["answer"] not in _ANSWERS:
         raise BadRequest(f"a peer answered {_short(arguments['answer'])} where it was asked whether one may stand")
     return cls(**arguments)  # type: ignore[no-any-return]
@@ -169,13 +164,6 @@ def _short(value: object) -> str:
     """`value` as a message may quote it, however long it is."""
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "…"
-
-
-def _unpacked(field: str) -> bytes:
-    try:
-        return binascii.unhexlify(field)
-    except ValueError:
-        raise BadRequest("a peer sent bytes that are not in hexadecimal") from None
 
 
 def _encode_append(m: Append) -> bytes:
@@ -203,11 +191,9 @@ def _encode_install(m: InstallSnapshot) -> bytes:
     """`data` is the last field and nearly all of the message: the other side finds it without reading it as JSON, which
     halves what a snapshot costs both. It is in hexadecimal: half as long again as base64, and decoded in a fifth of the
     time (0.7 ns a byte, where base64 takes 3.2), which saves more than the length costs up to some 3 Gbit/s."""
-    fields = {name: getattr(m, name) for name in _FIELDS[InstallSnapshot] if name != "data"}
-    return b'%b,"data":"%b"}' % (
-        wire.encode({"m": "install", **fields})[:-1],
-        binascii.hexlify(m.data),
-    )
+    return b'{"m":"install","term":%d,"index":%d,"index_term":%d,"offset":%d,"size":%d,"sha256":%b,"data":"%b"}' % (
+        m.term, m.index, m.index_term, m.offset, m.size, wire.encode_string(m.sha256), binascii.hexlify(m.data)
+    )  # fmt: skip
 
 
 def _decode_install(payload: bytes, src: str, dst: str) -> InstallSnapshot:
