@@ -282,8 +282,11 @@ class Node:
     def refused(self, peer: str, code: str, message: str) -> None:
         """See peers.Host."""
         if code == "forbidden":
-            raise Fatal(REMOVED.format(self.data.path))
+            self._end_removed()
         log.warning("%r: %s refused our connection: %s", self, peer, message)
+
+    def _end_removed(self) -> None:
+        raise Fatal(REMOVED.format(self.data.path))
 
     def _send(self, message: Message) -> None:
         self.peers.send(message)
@@ -396,11 +399,11 @@ class Node:
 
     def _expel(self, committed: Configuration) -> None:
         """Tell those who were removed: the leader that did it may be gone, and speaks to them no more anyway. Who knows of
-        its own removal need not be told; nobody may be left who could."""
-        if self.id in committed.removed:
-            raise Fatal(REMOVED.format(self.data.path))
+        its own removal ends without being told, for nobody may be left who could; but first it answers who asked for it."""
         if committed.removed is not self._removed:
             self._removed = committed.removed
+            if self.id in committed.removed:
+                self.loop.call_later(HAND_OVER_S, self._end_removed)
             for id in committed.removed:
                 self.peers.refuse(id, Forbidden("The node was removed from the cluster."))
 

@@ -44,7 +44,13 @@ def running(module: str, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
     argv = [sys.executable, "-m", f"bench.{module}", *COMMANDS[module], "--dir", mark]
     quiet = subprocess.DEVNULL
     env = {**environment(), "BENCH_MARK": mark}
-    process = subprocess.Popen(argv, cwd=REPOSITORY, env=env, stdin=quiet, stdout=quiet, stderr=quiet)
+    # Whoever runs the tests in the background, or under nohup, ignores signals, and children inherit that.
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        process = subprocess.Popen(argv, cwd=REPOSITORY, env=env, stdin=quiet, stdout=quiet, stderr=quiet)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     try:
         wait(lambda: len(living(mark)) > 1, what=f"bench.{module} has started something")
         yield process

@@ -313,7 +313,13 @@ def test_what_is_not_retained_is_compacted_also_after_a_restart(tmp_path: Path) 
     with node_alone(tmp_path, "--retain", "50", "--checkpoint-every", "20") as node:
         for i in range(300):
             last = ask(node.address, op="put", key="a", value=i)["rev"]
+
+        def settled() -> bool:
+            status = ask(node.address, op="status")
+            return bool(status["log"]["applied"] - status["snapshot"]["rev"] < 20)
+
         for _ in range(2):
+            wait(settled, what="the last checkpoint that is due is written, so what is kept changes no more")
             with Talk(node.address) as one:
                 refused = one.ask(**{"op": "watch", "key": "a", "from": 1})
                 assert refused["error"] == "compacted"
