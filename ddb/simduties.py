@@ -432,11 +432,18 @@ class Duties:
                 self._fail(NO_MORE, seen, f"{applied} is in it, and the log on disk ends at {end}: {node.replica.raft}")
 
     def _are_sure(self, seen: _Seen, voters: tuple[str, ...]) -> bool:
-        """Whether a majority of `voters` has acknowledged what is committed, and was not in doubt."""
+        """Whether a majority of `voters` has acknowledged what is committed, and was not in doubt.
+
+        Several acknowledgements may come in one step: the leader's own doubt ends with the first that make the others a
+        majority for something newly committed, and for what the next ones bring its word is good.
+        """
         raft = seen.node.replica.raft
-        sure = sum(1 for v in voters if self._sure.get((v, raft.term), 0) >= raft.commit)
-        sure += raft.id in voters and not seen.doubt
-        return 2 * sure > len(voters)
+        acknowledged = sorted(self._sure.get((v, raft.term), 0) for v in voters if v != raft.id)
+        others = sum(index >= raft.commit for index in acknowledged)
+        beside = len(voters) // 2 + 1  # so many others are a majority
+        doubt_ended = len(acknowledged) >= beside and acknowledged[-beside] > seen.commit
+        own = raft.id in voters and (not seen.doubt or doubt_ended)
+        return 2 * (others + own) > len(voters)
 
     def _look_at_base(self, seen: _Seen, applied: int) -> None:
         raft = seen.node.replica.raft
