@@ -90,10 +90,11 @@ class Readable(Protocol):
 
 class Table(Readable, Protocol):
     """Where the machine keeps its rows, and beside them the ledger. `digest`, of both, is the machine's to change and the
-    table's to keep."""
+    table's to keep. `cold`: what was looked up last had to be read from a disk, so what comes next is worth a `prefetch`."""
 
     digest: int
     ledger: Ledger
+    cold: bool
 
     def prefetch(self, keys: Collection[str]) -> None:
         """Many `keys` will be asked for soon: look them up together, where that is quicker."""
@@ -509,6 +510,7 @@ class MemoryTable:
     def __init__(self) -> None:
         self.digest = 0
         self.ledger = Ledger()
+        self.cold = False
         self._rows: dict[str, Row] = {}
         self._order: list[str] = []
 

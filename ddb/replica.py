@@ -354,7 +354,7 @@ class Replica:
         if ready.batches and ready.messages:
             self.push()
         self._save(ready, now)
-        if not backlog.is_long(ready.committed):
+        if not (self.machine.table.cold or backlog.is_long(ready.committed)):
             for batch in ready.committed:
                 self._apply(batch)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import pytest
 
 from ddb.kv import Machine, MemoryTable
@@ -89,6 +91,31 @@ def test_writes_of_one_turn_share_one_batch() -> None:
     revs = [town.answer(a)["rev"] for a in asked]
     assert len(set(revs)) == 50, "each write has a revision of its own"
     assert town.replicas[leader].raft.log.count_after(0) == before + 1
+
+
+class Filed(MemoryTable):
+    """A table whose rows are on a disk, and that notes what it was asked to look up together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cold = True
+        self.prefetched: list[set[str]] = []
+
+    def prefetch(self, keys: Collection[str]) -> None:
+        self.prefetched.append(set(keys))
+
+
+def test_a_machine_whose_rows_are_on_disk_looks_those_of_a_turn_up_together() -> None:
+    town = Town()
+    leader = town.leader()
+    table = Filed()
+    town.replicas[leader].machine.table = table
+    asked = [town.write(leader, key=f"k{i}", value=i) for i in range(50)]
+    assert all(town.answer(a)["ok"] for a in asked)
+    assert {f"k{i}" for i in range(50)} in table.prefetched
+    looked_up, table.cold = len(table.prefetched), False
+    assert town.answer(town.write(leader, key="k", value=1))["ok"] is True
+    assert len(table.prefetched) == looked_up, "in memory, that would be work for nothing"
 
 
 def test_a_write_without_a_leader_waits_for_one(town: Town) -> None:

@@ -688,6 +688,26 @@ def test_no_damaged_row_is_prefetched(path: Path) -> None:
             target.prefetch(rows)
 
 
+def test_a_store_is_cold_while_what_is_asked_for_has_to_be_read_from_the_file(path: Path) -> None:
+    with Store.open(path) as target:
+        rows = fill(target, 700)
+        checkpoint(target, 5)
+        assert all(target.row(key) == row for key, row in rows.items()) and not target.cold, "all of it is in memory"
+    with Store.open(path) as target:
+        some = sorted(rows)
+        assert target.row(some[0]) == rows[some[0]] and target.cold
+        for count in (2, 3, 4, 63, 600):  # one statement, with room to spare, or two
+            target.prefetch(some[:count])
+            assert target.cold
+        statements: list[str] = []
+        target._connection.set_trace_callback(statements.append)
+        assert {key: target.row(key) for key in some[:600]} == {key: rows[key] for key in some[:600]}
+        target.prefetch(some[:600])
+        assert not target.cold and not statements
+        target.prefetch(rows)
+        assert target.cold and {key: target.row(key) for key in some} == rows
+
+
 def test_what_has_changed_is_not_prefetched_from_the_file(path: Path) -> None:
     with Store.open(path) as target:
         before = fill(target, 10)
