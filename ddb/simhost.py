@@ -34,6 +34,7 @@ PORT: Final = 8050
 WALL_MS: Final = 1_700_000_000_000  # the time of day when a simulation begins
 FSYNC_S: Final = 0.001
 BACKGROUND_S: Final = 0.005
+PATIENT_S: Final = 0.1  # so writes go on while a checkpoint is written
 BUSY_S: Final = 0.002  # at most, while what comes waits for a turn of its own
 SWITCH_S: Final = 0.00005  # from one thread to another
 EFFECTS_CUT_SHORT: Final = 6  # so far, at most, may a thread have come with its work when it is killed
@@ -414,10 +415,11 @@ class SimWriter(LogWriter):
 
 
 class SimBackground:
-    """Whatever takes long, one thing after the other, `BACKGROUND_S` or so each. A world.Background."""
+    """Whatever takes long, one thing after the other, `pace_s` or so each. A world.Background."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, pace_s: float = BACKGROUND_S) -> None:
         self._host = host
+        self._pace_s = pace_s
         host.threads.append(self)
         self._queue: deque[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = deque()
         self._busy = False
@@ -432,7 +434,7 @@ class SimBackground:
     def _begin(self) -> None:
         self._busy = True
         host = self._host
-        host.agenda.after((BACKGROUND_S + host.fsync_s) * (0.2 + host.rng.random()), host, self._work)
+        host.agenda.after((self._pace_s + host.fsync_s) * (0.2 + host.rng.random()), host, self._work)
 
     def _work(self) -> None:
         if self._closed:
@@ -499,6 +501,6 @@ class SimWorld:
         """See World."""
         return SimWriter(self._host, log, on_saved, on_failure, on_space)
 
-    def background(self) -> SimBackground:
+    def background(self, *, patient: bool = False) -> SimBackground:
         """See World."""
-        return SimBackground(self._host)
+        return SimBackground(self._host, PATIENT_S if patient else BACKGROUND_S)

@@ -156,6 +156,7 @@ class Rules:
         """Stand in the way of everything that goes in and out of the core."""
         replica, raft, writer = node.replica, node.replica.raft, node.writer
         send, step, read, work_off = replica.send, raft.step, raft.read, replica._work_off
+        holds_writes = node.sync.holds_writes
         save, restored, report, apply = writer.save, replica.restored, replica.saved, replica._apply
         waiting: list[tuple[int, list[Batch]]] = []
 
@@ -203,6 +204,12 @@ class Rules:
             seen.applied = machine.applied
             self.met("snapshot installed")
 
+        def watch_holding(now: float) -> bool:
+            held = holds_writes(now)
+            if held:
+                self.met("writes held for a checkpoint")
+            return held
+
         replica.send = watch_send
         replica.saved = watch_saved  # type: ignore[method-assign]
         replica.restored = watch_restored  # type: ignore[method-assign]
@@ -211,6 +218,7 @@ class Rules:
         writer.save = watch_save  # type: ignore[method-assign]
         replica._apply = watch_apply  # type: ignore[method-assign]
         replica._work_off = watch_work  # type: ignore[method-assign]
+        node.sync.holds_writes = watch_holding  # type: ignore[method-assign]
 
     def _fail(self, rule: str, seen: _Seen, what: str) -> None:
         raise Violation(rule, seen.host, what)

@@ -95,6 +95,7 @@ def draw_plan(rng: random.Random, nodes: int, election: str) -> Plan:
         ),
         policy=Policy(
             entries=rng.choice([3, 10, 40]) if small else 100_000,
+            bytes=rng.choice([100, 64 << 20, 64 << 20, 64 << 20]),
             retain_entries=rng.choice([0, 2, 20]),
         ),
         segment_bytes_max=rng.choice([1 << 10, 8 << 10]) if small else 64 << 10,

@@ -502,24 +502,30 @@ class Checkpoint:
         """
         started = time.monotonic()
         store = self._store
-        with store.working(), errors(store.path), closing(snapshot.connect(store.disk, store.path)) as connection:
+        with (
+            store.working(), errors(store.path), store.disk.flushing(store.path),
+            closing(snapshot.connect(store.disk, store.path)) as connection,
+        ):  # fmt: skip
             connection.execute(f"PRAGMA cache_size=-{WRITER_CACHE_KIB}")
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                for keys in sorted_slices(self._layer.rows):
-                    self._write_rows(connection, keys)
-                snapshot.write_records(connection, self.records)
-                self.meta = replace(self.meta, kept=annals.write(connection, self._extract))
-                snapshot.write_meta(connection, self.meta)
-                connection.execute("COMMIT")
-            finally:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+            self._commit(connection)
             if store.held:
                 store.waiting_checkpoints += 1
             else:
                 self._empty_wal(connection)
         logger.info("%r written in %.3f s", self, time.monotonic() - started)
+
+    def _commit(self, connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for keys in sorted_slices(self._layer.rows):
+                self._write_rows(connection, keys)
+            snapshot.write_records(connection, self.records)
+            self.meta = replace(self.meta, kept=annals.write(connection, self._extract))
+            snapshot.write_meta(connection, self.meta)
+            connection.execute("COMMIT")
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
 
     def _write_rows(self, connection: sqlite3.Connection, keys: list[str]) -> None:
         rows = self._layer.rows

@@ -12,8 +12,13 @@ checkpoint: one SQLite file, as it is on the leader's disk, in chunks, some of t
 up to which the file has been written (Raft §7). An acknowledgement that goes back asks for a restart; where none comes,
 chunks are sent again. What is behind the checkpoint comes as log; only where that would be much is a new one made first.
 
-What takes long (writing a checkpoint, hashing, writing what arrives, verifying) runs in the `background`, a function
-`background(work, done)` that calls `done(result, error)` on the loop; everything else is done on the loop.
+What was written since a checkpoint began stays in memory until the next one is on disk. Where writes come quicker than the disk
+takes checkpoints, that would grow without end, so the leader slows them down: in each tenth of a second it lets them wait
+for a share that grows with what has gathered, until both go at the same pace.
+
+What takes long (hashing, writing what arrives, verifying that) runs in the `background`, a function `background(work, done)`
+that calls `done(result, error)` on the loop; what nobody waits for, like a checkpoint, at `leisure`, another such
+function; everything else is done on the loop.
 """
 
 from __future__ import annotations
@@ -47,6 +52,7 @@ FOLLOW_PATIENCE_S: Final = 60.0  # for a member to catch up behind its snapshot
 RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
 RETRY_S: Final = 5.0  # after a checkpoint that failed
 REQUEST_EVERY_S: Final = 2.0
+HOLD_PERIOD_S: Final = 0.1
 NEWS_SHARE: Final = 0.25  # of what makes a checkpoint due: less is sent as log
 
 Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]
@@ -97,8 +103,10 @@ class Sync:
         policy: Policy | None = None,
         bounds: Bounds | None = None,
         disk: Disk | None = None,
+        leisure: Background | None = None,
     ) -> None:
         self._disk = disk or OsDisk()
+        self._leisure = leisure or background
         self._replica = replica
         self._raft = replica.raft
         self._store = store
@@ -132,7 +140,7 @@ class Sync:
         for path in (self._copy_path, self._incoming_path):
             remove_if_there(self._disk, path)
         if not store.verified:
-            self._in_store(store.verify, self._on_store_verified)
+            self._in_store(store.verify, self._on_store_verified, self._leisure)
 
     # --- called by the replica and its node ---------------------------------------------------------------------
 
@@ -149,6 +157,14 @@ class Sync:
     def applied(self, batch: Batch) -> None:
         """See replica.Snapshots."""
         self._bytes_since += len(batch.data)
+
+    def holds_writes(self, now: float) -> bool:
+        """See replica.Snapshots: while a checkpoint is being written, what has changed since may take once the memory that makes
+        one due, and from then on up to twice it more and more slowly."""
+        if not self._store.checkpointing:
+            return False
+        excess = self._store.changed_bytes / self._policy.bytes - 1
+        return excess > 0 and now % HOLD_PERIOD_S < excess * HOLD_PERIOD_S
 
     def work(self, ready: Ready, now: float) -> None:
         """See replica.Snapshots."""
@@ -248,7 +264,7 @@ class Sync:
                 raise error
             self._tell_checkpoint_waiters(error)
 
-        self._begun = (checkpoint, applied, lambda: self._in_store(checkpoint.write, done))
+        self._begun = (checkpoint, applied, lambda: self._in_store(checkpoint.write, done, self._leisure))
         self._write_checkpoint()
 
     def _write_checkpoint(self) -> None:
@@ -265,8 +281,10 @@ class Sync:
 
     # --- the store's file ---------------------------------------------------------------------------------------
 
-    def _in_store(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
-        """Run `work`, which opens the store's file, in the background. The file is not replaced meanwhile."""
+    def _in_store(
+        self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None], run: Background
+    ) -> None:
+        """Have `run` do `work`, which opens the store's file. The file is not replaced meanwhile."""
         self._at_work += 1
 
         def ended(result: Any, error: Exception | None) -> None:
@@ -275,7 +293,7 @@ class Sync:
             if self._verified is not None and not self._at_work:
                 self._install()
 
-        self._background(work, ended)
+        run(work, ended)
 
     def _on_store_verified(self, _: object, error: Exception | None) -> None:
         if isinstance(error, CorruptStore):
@@ -310,7 +328,7 @@ class Sync:
         if upto > self._raft.log.base_index:
             self._raft.compact(upto)
             base = self._raft.log.base_index
-            self._background(lambda: self._drop_log_below(base), self._dropped)
+            self._leisure(lambda: self._drop_log_below(base), self._dropped)
 
     def _followed_from(self, upto: int) -> int:
         """Where the log has to begin for those who have installed a snapshot and follow now, more slowly than others write,
@@ -343,7 +361,7 @@ class Sync:
                 self.checkpoint(None, now)
             elif self._store.meta.applied:
                 self._copying = True
-                self._in_store(lambda: self._store.source(self._copy_path), self._copied)
+                self._in_store(lambda: self._store.source(self._copy_path), self._copied, self._background)
 
     def _copied(self, copy: snapshot.Source | None, error: Exception | None) -> None:
         self._copying = False
@@ -373,7 +391,7 @@ class Sync:
                 copy.close()
 
         self._sparing = True
-        self._in_store(lambda: snapshot.spared(self._disk, source, self._copy_path), spared)
+        self._in_store(lambda: snapshot.spared(self._disk, source, self._copy_path), spared, self._leisure)
 
     def _send_chunks(self, peer: str) -> None:
         sending, copy = self._sendings[peer], self._copy

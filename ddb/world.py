@@ -6,9 +6,7 @@ place (simworld.py), runs the very node that serves.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
 import queue
 import random
 import threading
@@ -21,6 +19,7 @@ from ddb.disk import Disk, OsDisk
 from ddb.log import Log, LogWriter
 from ddb.loop import Loop
 from ddb.reactor import Reactor
+from ddb.scheduling import Turns, step_back
 from ddb.server import Limits, Server, Service
 
 Done = Callable[[Any, Exception | None], None]
@@ -73,8 +72,8 @@ class World(Protocol):
     ) -> LogWriter:
         """Whoever fsyncs `log`; see LogWriter."""
 
-    def background(self) -> Background:
-        """Somebody for what takes long."""
+    def background(self, *, patient: bool = False) -> Background:
+        """Somebody for what takes long; `patient`: who lets everybody else go first."""
 
 
 class OsWorld:
@@ -85,6 +84,7 @@ class OsWorld:
         self.loop: Reactor = self._loop
         self.disk: Disk = OsDisk()
         self.rng = random.Random()
+        self._turns = Turns()
 
     def wall_ms(self) -> int:
         """See World."""
@@ -106,24 +106,32 @@ class OsWorld:
         on_space: Callable[[bool], None],
     ) -> LogWriter:
         """See World."""
-        return LogWriter(log, self.loop.post, on_saved, on_failure, on_space)
+        writer = LogWriter(log, self.loop.post, on_saved, on_failure, on_space)
+        self._turns.add(writer.native_id)
+        return writer
 
-    def background(self) -> Worker:
+    def background(self, *, patient: bool = False) -> Worker:
         """See World."""
-        return Worker(self.loop.post)
+        return Worker(self.loop.post, self._turns if patient else None)
 
 
 class Worker:
-    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended."""
+    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended. A patient one
+    is given the `turns` that go before it."""
 
-    def __init__(self, post: Callable[..., None]) -> None:
+    def __init__(self, post: Callable[..., None], turns: Turns | None = None) -> None:
         self._post = post
+        self._turns = turns
+        self._given = 0
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="patient-worker" if turns else "worker", daemon=True)
         self._thread.start()
 
     def run(self, work: Callable[[], Any], done: Done) -> None:
         """See Background."""
+        self._given += 1
+        if self._turns is not None and self._given == 1:
+            self._turns.may_interrupt()
         self._queue.put((work, done))
 
     def close(self, timeout_s: float = 30.0) -> None:
@@ -131,15 +139,23 @@ class Worker:
         self._queue.put(None)
         self._thread.join(timeout_s)
 
+    def _done(self, done: Done, result: Any, error: Exception | None) -> None:
+        self._given -= 1
+        if self._turns is not None and not self._given:
+            self._turns.are_whole()
+        done(result, error)
+
     def _work(self) -> None:
+        if self._turns is not None:
+            step_back()
         while (item := self._queue.get()) is not None:
             work, done = item
             try:
                 result = work()
             except Exception as error:
-                self._post(done, None, error)
+                self._post(self._done, done, None, error)
             else:
-                self._post(done, result, None)
+                self._post(self._done, done, result, None)
 
 
 def settle_collector() -> None:
@@ -150,17 +166,3 @@ def settle_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def keep_turns_whole() -> None:
-    """Ask the system to let a turn of this process end before another process that it woke takes its core; its threads to come
-    will do as it does.
-
-    A turn sends to many, and where these run on the same machine, each send wakes one of them; the system would let it
-    interrupt the turn in the middle, and soon go back to it. As SCHED_BATCH (Linux, sched(7)), a process neither interrupts nor is
-    less served otherwise: on two cores that all of them share, it makes 13 % more reads and 9 % more pipelined puts. Where
-    somebody chose a policy for this process, that one stays.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # not every system has it, or allows it
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

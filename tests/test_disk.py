@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -187,3 +192,85 @@ def test_a_database_is_what_sqlite_makes_of_a_file(disk: Disk, home: Path) -> No
         with pytest.raises(sqlite3.OperationalError) as refused:
             frozen.execute("DELETE FROM t")
     assert refused.value.sqlite_errorcode == sqlite3.SQLITE_READONLY
+
+
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[str]:
+    """The names of the files that the real disk has synced."""
+    done: SimpleQueue[str] = SimpleQueue()
+
+    def fdatasync(handle: int) -> None:
+        done.put(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+
+    monkeypatch.setattr("ddb.disk._fdatasync", fdatasync)
+    monkeypatch.setattr("ddb.disk.FLUSH_EVERY_S", 0.001)
+    return done
+
+
+def wal_database(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE t (a)")
+    return connection
+
+
+def await_synced(syncs: SimpleQueue[str], name: str) -> None:
+    while syncs.get(timeout=10) != name:
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not name its descriptors")
+def test_what_is_written_to_a_database_goes_to_the_medium_a_little_at_a_time(
+    tmp_path: Path, syncs: SimpleQueue[str]
+) -> None:
+    disk, path = OsDisk(), tmp_path / "db"
+    before = threading.active_count()
+    touch(disk, path)
+    with disk.flushing(path):
+        await_synced(syncs, "db")  # it may have no write-ahead log yet
+    with contextlib.closing(wal_database(path)) as connection, disk.flushing(path):
+        connection.execute("BEGIN")
+        connection.execute("INSERT INTO t VALUES (1)")
+        for name in ("db-wal", "db", "db-wal", "db"):
+            await_synced(syncs, name)
+        connection.execute("COMMIT")
+    assert threading.active_count() == before
+
+
+def test_flushing_keeps_sqlites_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a closed descriptor of the database, POSIX would take them away, and another program could write as well."""
+    monkeypatch.setattr("ddb.disk.FLUSH_EVERY_S", 0.001)
+    disk, path = OsDisk(), tmp_path / "db"
+    with contextlib.closing(wal_database(path)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for _ in range(2):
+            with disk.flushing(path):
+                connection.execute("INSERT INTO t VALUES (1)")
+        script = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None).execute('BEGIN IMMEDIATE')"
+        other = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=False)
+        assert "database is locked" in other.stderr
+
+
+def test_a_flush_that_failed_is_told_for_the_system_might_tell_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, path, failed = OsDisk(), tmp_path / "db", threading.Event()
+    touch(disk, path)
+
+    def fdatasync(handle: int) -> None:
+        failed.set()
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("ddb.disk._fdatasync", fdatasync)
+    monkeypatch.setattr("ddb.disk.FLUSH_EVERY_S", 0.001)
+    with pytest.raises(OSError, match=r"Input/output error.*db"), disk.flushing(path):
+        assert failed.wait(10)
+    failed.clear()
+    with pytest.raises(ZeroDivisionError), disk.flushing(path):
+        assert failed.wait(10)
+        raise ZeroDivisionError
+
+
+def test_the_simulated_disk_lets_nobody_wait_for_anothers_fsync(tmp_path: Path) -> None:
+    with SimDisk().flushing(tmp_path / "db"):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from unittest import mock
 
 import pytest
 
@@ -116,6 +117,20 @@ def test_a_machine_whose_rows_are_on_disk_looks_those_of_a_turn_up_together() ->
     looked_up, table.cold = len(table.prefetched), False
     assert town.answer(town.write(leader, key="k", value=1))["ok"] is True
     assert len(table.prefetched) == looked_up, "in memory, that would be work for nothing"
+
+
+def test_a_leader_whose_disk_must_keep_up_lets_writes_wait_and_reads_not() -> None:
+    town = Town()
+    leader = town.leader()
+    town.answer(town.write(leader, key="k", value=1))
+    snapshots = town.replicas[leader].snapshots = mock.Mock(**{"holds_writes.return_value": True})
+    asked = [town.write(name, key="k", value=2, timeout_s=60) for name in town.replicas]
+    assert town.answer(town.read(leader, "k"))["value"] == 1
+    for _ in range(100):
+        town.turn()
+    assert not any(write.done for write in asked)
+    snapshots.holds_writes.return_value = False
+    assert all(town.answer(write)["ok"] for write in asked)
 
 
 def test_a_write_without_a_leader_waits_for_one(town: Town) -> None:

@@ -60,6 +60,7 @@ RARE = {
     "snapshot installed",
     "stale leader refused",
     "stale snapshot refused",
+    "writes held for a checkpoint",
     "stood aside for a higher rank",
     "torn tail cut",
     "voter removed",
@@ -117,7 +118,7 @@ def trace(seed: int, hash_seed: str) -> str:
 @pytest.mark.parametrize("seed", [5, 7, 33])
 def test_the_same_seed_gives_the_same_trace_in_every_process(seed: int) -> None:
     first = trace(seed, "0")
-    assert first.count("\n") > 1000
+    assert first.count("\n") > 500
     assert trace(seed, "1") == first
 
 
@@ -255,7 +256,7 @@ def test_stale_reads_that_claim_to_be_fresh_are_found_by_the_checker(monkeypatch
         self._answer_read(command, waiter, b"")  # type: ignore[arg-type]
 
     monkeypatch.setattr(Replica, "read", read)
-    found = {result.violation.rule for result in map(run, map(Options, range(4))) if result.violation is not None}
+    found = {result.violation.rule for result in map(run, map(Options, range(12))) if result.violation is not None}
     assert LINEARIZABLE in found and found <= {LINEARIZABLE, BEGINS}
 
 

@@ -323,6 +323,18 @@ def test_who_is_told_may_ask_for_more(bench: Bench) -> None:
     worker.close()
 
 
+def test_two_workers_do_not_wait_for_each_other(bench: Bench) -> None:
+    """Who writes a checkpoint at leisure must not keep a snapshot from arriving; in simulation that has to be seen, too."""
+    slow, quick, done = bench.background(), bench.background(), list[str]()
+    for _ in range(20):
+        slow.run(lambda: None, lambda *_: done.append("slow"))
+    quick.run(lambda: None, lambda *_: done.append("quick"))
+    bench.until(lambda: len(done) == 21)
+    assert isinstance(bench, Threads) or done.index("quick") < 15
+    slow.close()
+    quick.close()
+
+
 def test_closing_ends_what_was_begun_and_takes_no_more(bench: Bench) -> None:
     worker, worked = bench.background(), list[int]()
     worker.run(lambda: worked.append(1), lambda *_: None)

@@ -496,6 +496,7 @@ class CrashingDisk(OsDisk):
     point: int | None = None
 
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[str] = []
 
     def fsync_dir(self, handle: int) -> None:

@@ -20,7 +20,7 @@ from ddb.raft import Ready
 from ddb.simdisk import SimDisk
 from ddb.snapshot import Copy
 from ddb.store import Store
-from ddb.sync import Sync
+from ddb.sync import HOLD_PERIOD_S, Background, Policy, Sync
 
 HOME = Path("/data/n2")
 CHUNK_BYTES = 3000
@@ -162,9 +162,9 @@ def test_what_an_earlier_process_left_of_a_snapshot_is_removed(receiver: Receive
 
 
 class Member:
-    """A member that applies batches, and writes checkpoints of them at once."""
+    """A member that applies batches, and writes checkpoints of them at once, or at its `leisure`."""
 
-    def __init__(self, disk: SimDisk) -> None:
+    def __init__(self, disk: SimDisk, leisure: Background = Receiver.at_once, policy: Policy | None = None) -> None:
         self.store = Store.open(HOME / "state.db", disk=disk)
         self.machine = Machine(self.store, self.store.meta.applied)
         self.replica = mock.MagicMock(diverged=False, machine=self.machine)
@@ -174,13 +174,15 @@ class Member:
         self.replica.raft.log.term_at = lambda index: 3
         config = Configuration("c", "bully", (Voter("id1", "n1", "10.0.0.1:8050", True),))
         self.replica.raft.config_at = lambda index: config
-        self.sync = Sync(self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), disk=disk)
+        self.sync = Sync(
+            self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), policy, disk=disk, leisure=leisure
+        )  # fmt: skip
 
-    def put(self, count: int) -> None:
+    def put(self, count: int, key: str = "k") -> None:
         for _ in range(count):
             first = self.machine.applied + 1
             batch = encode_batch(first, 3, 0, [b'["put","k",%d]' % first])
-            self.machine.apply_batch(replace(batch, commands=[["put", "k", b"%d" % first]]))
+            self.machine.apply_batch(replace(batch, commands=[["put", key.format(first), b"%d" % first]]))
 
     def close(self) -> None:
         self.sync.close()
@@ -213,3 +215,41 @@ def test_a_checkpoint_takes_history_along_and_a_snapshot_brings_it(receiver: Rec
     batch = encode_batch(31, 3, 0, [b'["put","k",31]'])
     machine.apply_batch(replace(batch, commands=[["put", "k", b"31"]]))
     assert [record[0] for record in receiver.sync.chronicle.records(29)] == [30, 31]
+
+
+def test_writes_slow_down_and_then_wait_for_a_checkpoint_that_does_not_keep_up_with_them() -> None:
+    disk = SimDisk()
+    disk.make_directory(HOME)
+    waiting: list[Any] = []
+    leader = Member(disk, lambda work, done: waiting.append((work, done)), Policy(bytes=40_000))
+
+    def share_held() -> float:
+        times = [1000 + HOLD_PERIOD_S * i / 100 for i in range(100)]
+        return sum(leader.sync.holds_writes(now) for now in times) / len(times)
+
+    leader.put(300, "key{:05d}")
+    assert leader.store.changed_bytes > 80_000 and share_held() == 0, "a checkpoint is due, and none is under way"
+    leader.sync.tick(0.0)
+    leader.sync.checkpoint(None, 0.0)
+    assert leader.store.checkpointing and share_held() == 0
+    held = []
+    for _ in range(25):
+        leader.put(10, "key{:05d}")
+        held.append(share_held())
+        assert (held[-1] > 0) is (leader.store.changed_bytes > 40_000)
+    assert held == sorted(held) and len(set(held)) > 8 and held[-1] == 1.0, "slower and slower"
+    work, done = waiting.pop()
+    Receiver.at_once(work, done)
+    assert not leader.store.checkpointing and share_held() == 0
+    leader.close()
+
+
+def test_writes_to_the_same_keys_are_not_slowed_down_for_they_gather_no_memory() -> None:
+    disk = SimDisk()
+    disk.make_directory(HOME)
+    leader = Member(disk, lambda work, done: None, Policy(bytes=40_000))
+    leader.put(1)
+    leader.sync.checkpoint(None, 0.0)
+    leader.put(2000)
+    assert leader.store.checkpointing and not leader.sync.holds_writes(1000.0)
+    leader.close()

@@ -159,9 +159,9 @@ STORAGE: list[Mutant] = [
     mutant(
         "SQLite's applied index committed apart from its data",
         "a crash between the two leaves rows of one state under the index of another",
-        "ddb.store:Checkpoint.write",
-        'snapshot.write_meta(connection, self.meta)\n            connection.execute("COMMIT")',
-        'connection.execute("COMMIT")\n            snapshot.write_meta(connection, self.meta)',
+        "ddb.store:Checkpoint._commit",
+        'snapshot.write_meta(connection, self.meta)\n        connection.execute("COMMIT")',
+        'connection.execute("COMMIT")\n        snapshot.write_meta(connection, self.meta)',
         claim="test_store_crash.py::test_a_crash_at_every_change_of_a_checkpoint_leaves_the_old_one_or_the_new",
     ),
     mutant(
@@ -187,6 +187,22 @@ STORAGE: list[Mutant] = [
         "                take(keys)",
         "pass",
         claim="test_store_crash.py::test_a_received_copy_with_a_changed_byte_is_refused",
+    ),
+    mutant(
+        "writes never wait for a checkpoint",
+        "what has changed since it began grows in memory without end",
+        "ddb.sync:Sync.holds_writes",
+        "excess > 0 and",
+        "False and",
+        claim="test_sync.py::test_writes_slow_down_and_then_wait_for_a_checkpoint_that_does_not_keep_up_with_them",
+    ),
+    mutant(
+        "a flush that failed is not told",
+        "the system told nobody else of it, and what was committed is lost",
+        "ddb.disk:OsDisk.flushing",
+        "if flusher.error is not None:",
+        "if False:",
+        claim="test_disk.py::test_a_flush_that_failed_is_told_for_the_system_might_tell_nobody_else",
     ),
     mutant(
         "a row's checksum is not compared",
