@@ -49,7 +49,7 @@ from typing import Any, Final
 from ddb import annals, snapshot
 from ddb.chronicle import Extract, Record
 from ddb.disk import Disk, OsDisk, file_bytes, touch
-from ddb.errors import Compacted, StartupError, invariant
+from ddb.errors import Compacted, ReadOnly, StartupError, invariant
 from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
 from ddb.ledger import Ledger, Records
@@ -98,6 +98,7 @@ class Store:
         self._filter: KeyFilter | None = None
         self._cache_bytes_max = cache_bytes_max
         self._working = threading.Lock()
+        self._ending = False
         self.held = False  # by a source that is sent: the file must not change
         self.waiting_checkpoints = 0  # in the write-ahead log because of that
         self._checkpoint: Checkpoint | None = None
@@ -385,6 +386,16 @@ class Store:
         with self._working:
             yield
 
+    def end_work(self) -> None:
+        """Have whoever writes a checkpoint, or verifies the file, give that up at the next few rows: the process is about to
+        end, and what it writes is in the log."""
+        self._ending = True
+
+    def go_on(self) -> None:
+        """Called by a worker every few rows. Raises ReadOnly after `end_work`."""
+        if self._ending:
+            raise ReadOnly(f"The node ends, so its work on the snapshot {self.path} is given up.")
+
     def note_on_disk(self, keys: list[str]) -> None:
         """The worker is about to write `keys` to the file."""
         if self._filter is not None:
@@ -476,6 +487,7 @@ class Store:
             found = KeyFilter(meta.count)
             for keys in snapshot.verify(connection, self.path, gently=gently):
                 found.add(keys)
+                self.go_on()
         self._filter = found
         return meta
 
@@ -532,6 +544,7 @@ class Checkpoint:
         present = [key for key in keys if rows[key] is not None]
         self._store.note_on_disk(present)
         for first in range(0, len(present), STATEMENT_ROWS):
+            self._store.go_on()
             some = present[first : first + STATEMENT_ROWS]
             fields: list[Any] = []
             for key in some:

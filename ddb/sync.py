@@ -275,7 +275,8 @@ class Sync:
             write()
 
     def close(self) -> None:
-        """Let go of the files. May be called twice."""
+        """Let go of the files, and wait for no work on them. May be called twice."""
+        self._store.end_work()
         self._drop_copy()
         self._stop_receiving()
 

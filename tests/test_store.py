@@ -689,6 +689,22 @@ def test_no_damaged_row_is_prefetched(path: Path) -> None:
             target.prefetch(rows)
 
 
+def test_work_is_given_up_where_the_process_ends_and_the_last_checkpoint_stays(path: Path) -> None:
+    with Store.open(path) as target:
+        fill(target, 10)
+        checkpoint(target, 5)
+        fill(target, 2000, rev=6)
+        begun = target.begin_checkpoint(2000, 1, None)
+        target.end_work()
+        for work in (begun.write, target.verify):
+            with pytest.raises(ReadOnly, match="The node ends"):
+                work()
+        target.abandon_checkpoint(begun)
+        assert target.meta.applied == 5
+    with Store.open(path) as target:
+        assert target.meta.applied == 5 and target.verify().count == target.key_count == 10
+
+
 def test_a_store_is_cold_while_what_is_asked_for_has_to_be_read_from_the_file(path: Path) -> None:
     with Store.open(path) as target:
         rows = fill(target, 700)
