@@ -366,10 +366,10 @@ class Client(Operations):
 
     async def _ask(self, question: Question[T], numbers: keeping.Numbers | None, timeout_s: float) -> T:
         if numbers is None:
-            return question.read(await self._caller.call(question.request, question.at, timeout_s))
+            return question.result(await self._caller.call(question.request, question.at, timeout_s))
         assert isinstance(numbers, Numbers), "a client's sessions are of its own kind"
         async with numbers.numbered([question.request], timeout_s) as (request,):
-            return question.read(await self._caller.call(request, question.at, timeout_s))
+            return question.result(await self._caller.call(request, question.at, timeout_s))
 
     async def _volley(self, requests: Sequence[Mapping[str, Any]], timeout_s: float) -> list[Outcome]:
         """Send what a pipeline has gathered; in a session's block, as many at a time as that admits."""

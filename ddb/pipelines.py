@@ -34,7 +34,7 @@ class Later(Generic[T]):
             raise BadRequest("This pipeline has not been sent yet; its block must end first.")
         if isinstance(self._outcome, DdbError):
             raise self._outcome
-        return self.question.read(self._outcome)
+        return self.question.result(self._outcome)
 
     @property
     def error(self) -> DdbError | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from ddb.commands import prefix_end
-from ddb.errors import BadRequest
+from ddb.errors import BadFrame, BadRequest
 from ddb.results import (
     DeleteResult,
     HistoryPage,
@@ -56,6 +56,16 @@ class Question(Generic[T]):
     request: dict[str, Any]
     read: Callable[[dict[str, Any]], T]
     at: str | None = None
+
+    def result(self, reply: dict[str, Any]) -> T:
+        """What `reply`, a success, says. Raises BadFrame where it does not say what the protocol promises."""
+        try:
+            return self.read(reply)
+        except (KeyError, TypeError, ValueError) as error:
+            op = self.request.get("op")
+            raise BadFrame(
+                f"The server's answer to {op!r} is not one of ddb's ({type(error).__name__}: {error}); which program is it?"
+            ) from error
 
 
 # -------------------------------------------------------------------- data

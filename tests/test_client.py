@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -251,6 +251,22 @@ def test_a_server_of_another_kind_is_named(server: FakeServer) -> None:
     server.answer = lambda request: b"220 mail.example ESMTP\r\n"
     with client_of(server) as db, pytest.raises(errors.Unreachable, match="does not speak ddb's protocol"):
         db.get("k", timeout_s=1.0)
+
+
+@pytest.mark.parametrize("reply", [{}, {"found": True}, {"count": "many"}, {"items": 1}])
+def test_an_answer_that_says_nothing_of_what_was_asked_is_an_error_with_a_sentence(
+    server: FakeServer, reply: dict[str, Any]
+) -> None:
+    server.answer = lambda request: {"ok": True, **reply}
+    with client_of(server) as db:
+        calls: list[Callable[[], object]] = [lambda: db.put("k", 1), lambda: db.incr("k"), db.count, db.scan]
+        for call in calls:
+            with pytest.raises(errors.BadFrame, match="is not one of ddb's"):
+                call()
+        with db.pipeline() as pipe:
+            put = pipe.put("k", 1)
+        with pytest.raises(errors.BadFrame, match="answer to 'put'"):
+            _ = put.result
 
 
 def test_a_request_too_large_for_the_kernel_to_take_whole_surely_did_nothing() -> None:
