@@ -160,8 +160,8 @@ class Node:
         )  # fmt: skip
         writer = self.writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
         self._closing.append(writer.close)
-        worker, patient = self.world.background(), self.world.background(patient=True)
-        self._closing += [worker.close, patient.close]
+        worker, another = self.world.background(), self.world.background()
+        self._closing += [worker.close, another.close]
         machine = Machine(store, store.meta.applied)
         first_ticket = self.world.rng.getrandbits(48)
         self.replica = Replica(
@@ -169,7 +169,7 @@ class Node:
         )  # fmt: skip
         self.sync = Sync(
             self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds,
-            disk=self.world.disk, leisure=patient.run,
+            disk=self.world.disk, leisure=another.run,
         )  # fmt: skip
         self._closing.append(self.sync.close)
         self.tenure = Tenure(self.replica, self.world.wall_ms, settings.session_unused_s)

@@ -34,7 +34,7 @@ PORT: Final = 8050
 WALL_MS: Final = 1_700_000_000_000  # the time of day when a simulation begins
 FSYNC_S: Final = 0.001
 BACKGROUND_S: Final = 0.005
-PATIENT_S: Final = 0.1  # so writes go on while a checkpoint is written
+SLOW_S: Final = 0.1  # of those after the first, so that writes go on while a checkpoint is written
 BUSY_S: Final = 0.002  # at most, while what comes waits for a turn of its own
 SWITCH_S: Final = 0.00005  # from one thread to another
 EFFECTS_CUT_SHORT: Final = 6  # so far, at most, may a thread have come with its work when it is killed
@@ -477,6 +477,7 @@ class SimWorld:
         self.disk: Disk = host.disk
         self.rng = random.Random(host.rng.getrandbits(64))
         self._host = host
+        self._backgrounds = 0
 
     def wall_ms(self) -> int:
         """See World."""
@@ -501,6 +502,7 @@ class SimWorld:
         """See World."""
         return SimWriter(self._host, log, on_saved, on_failure, on_space)
 
-    def background(self, *, patient: bool = False) -> SimBackground:
+    def background(self) -> SimBackground:
         """See World."""
-        return SimBackground(self._host, PATIENT_S if patient else BACKGROUND_S)
+        self._backgrounds += 1
+        return SimBackground(self._host, BACKGROUND_S if self._backgrounds == 1 else SLOW_S)

@@ -13,7 +13,7 @@ up to which the file has been written (Raft §7). An acknowledgement that goes b
 chunks are sent again. What is behind the checkpoint comes as log; only where that would be much is a new one made first.
 
 What was written since a checkpoint began stays in memory until the next one is on disk. Where writes come quicker than the disk
-takes checkpoints, that would grow without end, so the leader slows them down: in each tenth of a second it lets them wait
+takes checkpoints, that would grow without end, so the leader slows them down: in each twentieth of a second it lets them wait
 for a share that grows with what has gathered, until both go at the same pace.
 
 What takes long (hashing, writing what arrives, verifying that) runs in the `background`, a function `background(work, done)`
@@ -52,7 +52,7 @@ FOLLOW_PATIENCE_S: Final = 60.0  # for a member to catch up behind its snapshot
 RESEND_S: Final = 1.0  # a chunk, or its acknowledgement, may have found no connection to leave by
 RETRY_S: Final = 5.0  # after a checkpoint that failed
 REQUEST_EVERY_S: Final = 2.0
-HOLD_PERIOD_S: Final = 0.1
+HOLD_PERIOD_S: Final = 0.05
 NEWS_SHARE: Final = 0.25  # of what makes a checkpoint due: less is sent as log
 
 Background = Callable[[Callable[[], Any], Callable[[Any, Exception | None], None]], None]

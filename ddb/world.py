@@ -72,8 +72,8 @@ class World(Protocol):
     ) -> LogWriter:
         """Whoever fsyncs `log`; see LogWriter."""
 
-    def background(self, *, patient: bool = False) -> Background:
-        """Somebody for what takes long; `patient`: who lets everybody else go first."""
+    def background(self) -> Background:
+        """Somebody for what takes long, who lets the loop go first."""
 
 
 class OsWorld:
@@ -110,28 +110,25 @@ class OsWorld:
         self._turns.add(writer.native_id)
         return writer
 
-    def background(self, *, patient: bool = False) -> Worker:
+    def background(self) -> Worker:
         """See World."""
-        return Worker(self.loop.post, self._turns if patient else None)
+        return Worker(self.loop.post, self._turns)
 
 
 class Worker:
-    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended. A patient one
-    is given the `turns` that go before it."""
+    """One thread for what takes long: `run(work, done)` has `done(result, error)` posted when `work()` has ended. It gives way
+    to those whose `turns` they are."""
 
-    def __init__(self, post: Callable[..., None], turns: Turns | None = None) -> None:
+    def __init__(self, post: Callable[..., None], turns: Turns) -> None:
         self._post = post
         self._turns = turns
-        self._given = 0
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="patient-worker" if turns else "worker", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="worker", daemon=True)
         self._thread.start()
 
     def run(self, work: Callable[[], Any], done: Done) -> None:
         """See Background."""
-        self._given += 1
-        if self._turns is not None and self._given == 1:
-            self._turns.may_interrupt()
+        self._turns.may_interrupt()
         self._queue.put((work, done))
 
     def close(self, timeout_s: float = 30.0) -> None:
@@ -140,14 +137,11 @@ class Worker:
         self._thread.join(timeout_s)
 
     def _done(self, done: Done, result: Any, error: Exception | None) -> None:
-        self._given -= 1
-        if self._turns is not None and not self._given:
-            self._turns.are_whole()
+        self._turns.are_whole()
         done(result, error)
 
     def _work(self) -> None:
-        if self._turns is not None:
-            step_back()
+        step_back()
         while (item := self._queue.get()) is not None:
             work, done = item
             try:

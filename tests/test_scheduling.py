@@ -49,7 +49,7 @@ def test_threads_interrupt_for_a_while_and_then_no_more() -> None:
         assert other.native_id
         turns.add(other.native_id)
         seen = []
-        for change in (lambda: None, turns.may_interrupt, turns.may_interrupt, turns.are_whole):
+        for change in (lambda: None, turns.may_interrupt, turns.may_interrupt, turns.are_whole, turns.are_whole):
             change()
             seen.append([policy(), os.sched_getscheduler(other.native_id)])
         other_ended.set()
@@ -60,7 +60,7 @@ def test_threads_interrupt_for_a_while_and_then_no_more() -> None:
         return seen
 
     batch, interrupting = [os.SCHED_BATCH] * 2, [os.SCHED_OTHER] * 2
-    assert in_a_thread(work) == [batch, interrupting, interrupting, batch, [os.SCHED_BATCH]]
+    assert in_a_thread(work) == [batch, interrupting, interrupting, interrupting, batch, [os.SCHED_BATCH]]
 
 
 def test_threads_that_nobody_asked_keep_their_policy() -> None:
@@ -73,30 +73,28 @@ def test_threads_that_nobody_asked_keep_their_policy() -> None:
     assert in_a_thread(work) == os.SCHED_OTHER
 
 
-def test_the_patient_worker_alone_is_nice_and_may_be_interrupted_while_it_works() -> None:
+def test_a_worker_is_nice_and_may_be_interrupted_while_it_or_another_is_at_work() -> None:
     def work() -> list[int]:
         scheduling.keep_turns_whole()
-        posted = SimpleQueue[Any]()
-        patient = Worker(lambda *call: posted.put(call), Turns())
-        other = Worker(lambda *call: posted.put(call))
-        seen: list[int] = []
-        for worker in (other, patient):
+        posted, turns = SimpleQueue[Any](), Turns()
+        workers = [Worker(lambda *call: posted.put(call), turns) for _ in range(2)]
+        seen = [policy()]
+        for worker in workers:
             for _ in range(2):
                 worker.run(
                     lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), lambda n, _: seen.append(n)
                 )
+        for _ in range(4):
             seen.append(policy())
-            for _ in range(2):
-                call, *arguments = posted.get(timeout=5)
-                call(*arguments)
-            seen.append(policy())
-        patient.close()
-        other.close()
+            call, *arguments = posted.get(timeout=5)
+            call(*arguments)
+        seen.append(policy())
+        for worker in workers:
+            worker.close()
         return seen
 
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    batch = os.SCHED_BATCH
-    assert in_a_thread(work) == [batch, nice, nice, batch, os.SCHED_OTHER, scheduling.NICE, scheduling.NICE, batch]
+    batch, other, nice = os.SCHED_BATCH, os.SCHED_OTHER, os.getpriority(os.PRIO_PROCESS, 0) + scheduling.NICE
+    assert in_a_thread(work) == [batch, *[other, nice] * 4, batch]
 
 
 def test_where_a_system_has_none_of_it_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from ddb.log import Log, LogWriter
 from ddb.loop import Loop
 from ddb.messages import Batch, HardState
 from ddb.reactor import Channel, Reactor
+from ddb.scheduling import Turns
 from ddb.server import Limits, Server, Slot
 from ddb.simdisk import SimDisk
 from ddb.simhost import PORT, Host, SimWorld
@@ -69,7 +70,7 @@ class Threads:
         return LogWriter(log, self._post, *hearing(self.news), room_retry_s=0.005)
 
     def background(self) -> Background:
-        return Worker(self._post)
+        return Worker(self._post, Turns())
 
     def until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + PATIENCE_S
@@ -325,7 +326,7 @@ def test_who_is_told_may_ask_for_more(bench: Bench) -> None:
 
 def test_two_workers_do_not_wait_for_each_other(bench: Bench) -> None:
     """Who writes a checkpoint at leisure must not keep a snapshot from arriving; in simulation that has to be seen, too."""
-    slow, quick, done = bench.background(), bench.background(), list[str]()
+    quick, slow, done = bench.background(), bench.background(), list[str]()
     for _ in range(20):
         slow.run(lambda: None, lambda *_: done.append("slow"))
     quick.run(lambda: None, lambda *_: done.append("quick"))
