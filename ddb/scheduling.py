@@ -23,7 +23,7 @@ import sys
 import threading
 from typing import Final
 
-NICE: Final = 10
+NICE: Final = 15
 """More than the process is. At 19, whoever holds the interpreter's lock when it is sent away might not be back for long."""
 
 
