@@ -1,6 +1,6 @@
 """Where a node's time goes: microseconds and system calls for each operation, by stage, on the leader and on a follower.
 
-    python -m bench.cost                          # put and get, alone, from 64 clients, and pipelined
+    python -m bench.cost                          # put and get, alone, from 64 clients, and pipelined; batches of 100 puts
     python -m bench.cost --works put:64:1,get:64:1 --seconds 5
 
 Laws: the nodes run `ddb.node` as it is (metered.py says how it is watched); the system calls are counted in a run of its own, for
@@ -36,7 +36,7 @@ from bench.plan import Plan
 from bench.servers import Server, commanded
 from bench.systems import Ddb, await_leader
 
-WORKS = "put:1:1,put:64:1,put:64:16,get:1:1,get:64:1,get:64:16"
+WORKS = "put:1:1,put:64:1,put:64:16,batch:16:1,get:1:1,get:64:1,get:64:16"
 STRACE_S = 1.5
 PATIENCE_S = 10.0
 CALLS_SHOWN = 8
@@ -173,7 +173,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def works(text: str) -> list[tuple[str, int, int]]:
     """`OP:CLIENTS:PIPELINE,…` taken apart. Raises argparse.ArgumentTypeError."""
-    found = re.findall(r"(put|get):([1-9]\d{0,3}):([1-9]\d{0,2})(?:,|$)", text)
+    found = re.findall(r"(put|batch|get):([1-9]\d{0,3}):([1-9]\d{0,2})(?:,|$)", text)
     if ",".join(":".join(parts) for parts in found) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not like {WORKS}")
     return [(op, int(clients), int(pipeline)) for op, clients, pipeline in found]

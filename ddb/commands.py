@@ -38,7 +38,7 @@ from typing import Any, Final
 
 from ddb.errors import BadRequest, TooLarge
 from ddb.messages import Command
-from ddb.wire import check_own, encode, encode_string
+from ddb.wire import Quote, check_own, encode, encode_string
 
 KEY_BYTES_MAX: Final = 4096
 ENTRY_BYTES_MAX: Final = 16 << 20  # of one command in the log
@@ -62,21 +62,23 @@ _MISSING: Final = object()
 Prepared = tuple[bytes, Command]
 
 
-def prepare(request: dict[str, Any]) -> Prepared:
-    """Judge a write request.
+def prepare(request: dict[str, Any], quote: Quote = encode_string) -> Prepared:
+    """Judge a write request. `quote` encodes the strings in it (wire.quoter).
 
     Returns its log entry, encoded, and the command that this entry says. Raises BadRequest or TooLarge with a
     sentence for the client. The order of `request`'s fields, and fields it doesn't know, make no difference.
     """
     op = request.get("op")
-    if op == "put" and (plain := _plain_put(request)) is not None:
+    if op == "put" and (plain := _plain_put(request, quote)) is not None:
         if len(plain[0]) > ENTRY_BYTES_MAX:
             raise _too_large(plain[0])
         return plain
-    prepare_op = _PREPARE.get(op) if type(op) is str else None
-    if prepare_op is None:
+    if op == "batch":
+        prepared = _batch(request, quote)
+    elif type(op) is str and op in _PREPARE:
+        prepared = _PREPARE[op](request)
+    else:
         raise BadRequest(f"{_shown(op)} is not a write; the writes are {_listed(sorted(WRITES))}.")
-    prepared = prepare_op(request)
     if request.get("client") is not None or request.get("seq") is not None:
         prepared = _once(request, *prepared)
     return _sized(prepared)
@@ -143,18 +145,18 @@ def _too_large(entry: bytes) -> TooLarge:
     return TooLarge(f"The write takes {len(entry)} bytes in the log, where {ENTRY_BYTES_MAX} are allowed; split it.")
 
 
-def _plain_put(request: dict[str, Any]) -> Prepared | None:
+def _plain_put(request: dict[str, Any], quote: Quote) -> Prepared | None:
     """What `_put` makes of a put with nothing but a key and a value, in a third of the time: most writes are such. None
     where it takes a closer look."""
-    if not _UNUSUAL.isdisjoint(request):
-        return None
     key = request.get("key")
     value = request.get("value", _MISSING)
+    if len(request) > 3 and not _UNUSUAL.isdisjoint(request):  # three are `op`, and these two
+        return None
     # 1024 characters are 4096 bytes at most; a longer key is measured by `_key`.
     if type(key) is not str or not 0 < len(key) <= 1024 or value is _MISSING:
         return None
-    data = encode_string(value) if type(value) is str else encode(value)
-    return b'["put",%b,%b]' % (encode_string(key), data), ["put", key, data]
+    data = quote(value) if type(value) is str else encode(value)
+    return b'["put",%b,%b]' % (quote(key), data), ["put", key, data]
 
 
 def _put(request: dict[str, Any]) -> Prepared:
@@ -193,12 +195,12 @@ def _incr(request: dict[str, Any]) -> Prepared:
     return encode(command), command
 
 
-def _batch(request: dict[str, Any]) -> Prepared:
+def _batch(request: dict[str, Any], quote: Quote) -> Prepared:
     _refuse_lease(request)
     _refuse_condition(request, "batch")
     if "ops" not in request:
         raise BadRequest('A batch needs `ops`: a list like [{"op":"put","key":"a","value":1}].')
-    entry, commands = _operations(request, "ops", {"put": _put, "delete": _delete})
+    entry, commands = _operations(request, "ops", {"put": _put, "delete": _delete}, quote)
     return b'["batch",%b]' % entry, ["batch", commands]
 
 
@@ -274,7 +276,10 @@ _ID_MEANS: Final = {
 
 
 def _operations(
-    request: dict[str, Any], field: str, known: dict[str, Callable[[dict[str, Any]], Prepared]]
+    request: dict[str, Any],
+    field: str,
+    known: dict[str, Callable[[dict[str, Any]], Prepared]],
+    quote: Quote = encode_string,
 ) -> tuple[bytes, list[Command]]:
     """The list of operations in `field` (none when it is missing), encoded and as commands."""
     operations = request.get(field, [])
@@ -293,7 +298,7 @@ def _operations(
                 f"not {_shown(operation if op is None else op)}."
             )
         try:
-            prepared = _plain_put(operation) if op == "put" else None
+            prepared = _plain_put(operation, quote) if op == "put" else None
             if prepared is None:
                 if operation.get("if") is not None:
                     raise BadRequest("an operation has no condition of its own here; use the `if` of a txn.")
@@ -492,7 +497,6 @@ _PREPARE: Final[dict[str, Callable[[dict[str, Any]], Prepared]]] = {
     "put": _put,
     "delete": _delete,
     "incr": _incr,
-    "batch": _batch,
     "txn": _txn,
     "session_open": _session_open,
     "session_close": _session_close,

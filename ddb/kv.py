@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 from zlib import crc32
 
 from ddb.codec import decode_batch
@@ -38,7 +38,7 @@ from ddb.leasebook import Leases, ttl_json
 from ddb.ledger import Ledger
 from ddb.messages import Batch, Command
 from ddb.sessions import Sessions, check_reply
-from ddb.wire import decode_trusted, encode, encode_string, failure
+from ddb.wire import Quote, decode_trusted, encode, encode_string, failure, quoter
 
 __all__ = [
     "READS",
@@ -90,11 +90,15 @@ class Readable(Protocol):
 
 class Table(Readable, Protocol):
     """Where the machine keeps its rows, and beside them the ledger. `digest`, of both, is the machine's to change and the
-    table's to keep. `cold`: what was looked up last had to be read from a disk, so what comes next is worth a `prefetch`."""
+    table's to keep. `cold`: what was looked up last had to be read from a disk, so what comes next is worth a `prefetch`.
+
+    `recent` has rows that changed lately, if it has any. Whoever finds a row there may put another in its place there and
+    then, without `row` and `put`, which spares a third of a write's time; and says how much `grown` the rows are by that."""
 
     digest: int
     ledger: Ledger
     cold: bool
+    recent: dict[str, Row | None]
 
     def prefetch(self, keys: Collection[str]) -> None:
         """Many `keys` will be asked for soon: look them up together, where that is quicker."""
@@ -106,6 +110,10 @@ class Table(Readable, Protocol):
 
     def remove(self, key: str, old: Row) -> None:
         """Remove `key`; `old` is what `row(key)` returned just now."""
+        ...
+
+    def grown(self, by_bytes: int) -> None:
+        """Values that were replaced in `recent` are longer by so many bytes than those before, together."""
         ...
 
 
@@ -130,7 +138,7 @@ class Machine:
     """
 
     __slots__ = (
-        "_attached", "_changes", "_client", "_does", "_room", "applied", "leases", "on_changes", "sessions", "table",
+        "_attached", "_changes", "_client", "_does", "_quote", "_room", "applied", "leases", "on_changes", "sessions", "table",
     )  # fmt: skip
 
     def __init__(self, table: Table, applied: int = 0) -> None:
@@ -143,6 +151,7 @@ class Machine:
         self._attached: list[tuple[str, int]] = []  # keys whose lease this batch has changed, with the one before
         self._client = 0  # the session whose write is being applied
         self._room = 0  # bytes that the replies to this batch may still take
+        self._quote: Quote = encode_string  # what encodes this batch's strings
         self._does: dict[str, Callable[[int, Command], bytes]] = {
             "put": self._put,
             "delete": self._delete,
@@ -178,6 +187,7 @@ class Machine:
         commands = batch.commands if batch.commands is not None else decode_batch(batch.data).commands
         invariant(commands is not None and len(commands) == batch.last - rev + 1, "a batch has its entries")
         self._room = BATCH_REPLY_BYTES_MAX
+        self._quote = quoter(batch.data)
         replies = self._run(commands or (), rev, 1)
         table, ledger = self.table, self.table.ledger
         table.digest = (table.digest + ledger.growth) & DIGEST_MASK
@@ -191,12 +201,12 @@ class Machine:
 
     def _run(self, commands: Iterable[Command], rev: int, step: int) -> list[bytes]:
         """Apply entries of the log, the first at `rev` and each `step` (1) further; or, with a step of 0, the parts of one
-        entry, whose replies nobody reads. Returns the replies."""
+        entry, which have no replies. Returns the replies."""
         table, changes, client, leased = self.table, self._changes, self._client, self.leases.of
-        row_of, put = table.row, table.put
+        recent, row_of, put, quote = table.recent, table.row, table.put, self._quote
         recording = self.on_changes is not None or not step  # an entry that fails in a later part is taken back
         special = recording or bool(leased)
-        added = 0  # to the digest, by the plain puts below
+        added = grown = 0  # the digest and the values' bytes, by the plain puts below
         replies: list[bytes] = []
         try:
             for command in commands:
@@ -204,23 +214,29 @@ class Machine:
                     # What `_put` and `_change` do, written out: most writes are plain puts, and each call costs.
                     _, key, value = command
                     if type(value) is not bytes:
-                        value = encode_string(value) if type(value) is str else encode(value)
-                    old = row_of(key)
-                    if old is None:
-                        created, version = rev, 1
-                    else:
+                        value = quote(value) if type(value) is str else encode(value)
+                    old = recent.get(key)
+                    replaces = old is not None
+                    if old is not None or (old := row_of(key)) is not None:
                         created, version = old[2], old[3] + 1
                         added -= old[4] * old[4]
+                    else:
+                        created, version = rev, 1
                     crc = crc32(b"%b\n%b\n%d %d %d" % (key.encode(), value, rev, created, version))
                     row = (value, rev, created, version, crc)
-                    put(key, row, old)
+                    if replaces:
+                        recent[key] = row
+                        grown += len(value) - len(old[0])  # type: ignore[index]
+                    else:
+                        put(key, row, old)
                     added += crc * crc
                     if special:
                         if recording:
                             changes.append((rev, key, row, old, client))
                         if key in leased:
                             self._attach(key, 0)
-                    replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
+                    if step:
+                        replies.append(b'{"ok":true,"rev":%d,"version":%d}' % (rev, version))
                 elif step:
                     replies.append(self._apply(rev, command))
                     special = recording or bool(leased)
@@ -229,6 +245,7 @@ class Machine:
                 rev += step
         finally:
             table.digest = (table.digest + added) & DIGEST_MASK
+            table.grown(grown)
         return replies
 
     def _apply(self, rev: int, command: Command) -> bytes:
@@ -512,6 +529,7 @@ class MemoryTable:
         self.ledger = Ledger()
         self.cold = False
         self._rows: dict[str, Row] = {}
+        self.recent = cast("dict[str, Row | None]", self._rows)
         self._order: list[str] = []
 
     def row(self, key: str) -> Row | None:
@@ -531,6 +549,9 @@ class MemoryTable:
         """See Table."""
         del self._rows[key]
         del self._order[bisect_left(self._order, key)]
+
+    def grown(self, by_bytes: int) -> None:
+        """See Table."""
 
     def rows(self, start: str = "", end: str | None = None, reverse: bool = False) -> Iterator[tuple[str, Row]]:
         """See Table."""

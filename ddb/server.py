@@ -38,7 +38,7 @@ from ddb.loop import LARGE_BYTES, PEER_FRAME_BYTES_MAX, RECV_BYTES, Connection, 
 from ddb.slots import HttpSlot, LineSlot, Owner, Slot, internal
 from ddb.streams import Stream
 from ddb.timers import Timer
-from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address
+from ddb.wire import Cutter, FrameBuffer, LineBuffer, decode, encode, failure, format_address, quoter
 
 __all__ = ["Connection", "Fatal", "Limits", "Loop", "Server", "Service", "Slot", "Timer", "raise_descriptor_limit"]
 
@@ -169,7 +169,11 @@ class ClientConnection(Owner):
             slot = make_slot(self)
             slots.append(slot)
             try:
-                content = slot.translate(message) if type(slot) is HttpSlot else decode(message)
+                if type(slot) is HttpSlot:
+                    content = slot.translate(message)
+                else:
+                    content = decode(message)
+                    slot.quote = quoter(message)
                 if content is not None:
                     if "id" in content:
                         slot.id = encode(content["id"])

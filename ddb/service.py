@@ -185,7 +185,7 @@ class NodeService:
 
     def _write_now(self, line: _Line, request: Request, slot: Slot) -> None:
         node = self._node
-        entry, command = prepare(request)
+        entry, command = prepare(request, slot.quote)
         if "forward" in request:
             self._check_forward(request)
         line.last, line.last_writes = slot, True

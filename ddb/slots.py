@@ -17,7 +17,7 @@ from ddb import http
 from ddb.errors import DdbError, Internal
 from ddb.loop import LARGE_BYTES, Connection, Piece, log_exception
 from ddb.streams import FRAMES, LINES, SSE, Dress, Event, Stream
-from ddb.wire import failure, splice
+from ddb.wire import Quote, encode_string, failure, splice
 
 
 class Owner(Connection):
@@ -58,7 +58,7 @@ class Owner(Connection):
 class Slot:
     """One request's place in the order of its connection's replies. The first reply counts."""
 
-    __slots__ = ("connection", "deadline", "id", "out")
+    __slots__ = ("connection", "deadline", "id", "out", "quote")
     dress: ClassVar[Dress] = FRAMES
 
     def __init__(self, connection: Owner) -> None:
@@ -66,6 +66,7 @@ class Slot:
         self.id: bytes | None = None  # the request's "id", encoded
         self.out: bytes | list[Piece] | None = None  # the reply as it goes out
         self.deadline = 0.0  # the service's to set: when it will have given up, in seconds of its clock
+        self.quote: Quote = encode_string  # what encodes the request's strings
 
     @property
     def done(self) -> bool:

@@ -160,7 +160,7 @@ class Store:
 
     def row(self, key: str) -> Row | None:
         """The row under `key`, or None. Raises CorruptStore."""
-        row = self._changed_rows.get(key, UNKNOWN)
+        row = self.recent.get(key, UNKNOWN)
         if row is UNKNOWN:
             if self._flushing is not None:
                 row = self._flushing.rows.get(key, UNKNOWN)
@@ -193,6 +193,10 @@ class Store:
         """Remove `key`; `old` is what `row(key)` returned just now."""
         self.key_count -= 1
         self._changed.put(key, None, old)
+
+    def grown(self, by_bytes: int) -> None:
+        """Values that were replaced in `recent` are longer by so many bytes than those before, together."""
+        self._changed.bytes += by_bytes
 
     def rows(self, start: str = "", end: str | None = None, reverse: bool = False) -> Iterator[tuple[str, Row]]:
         """The keys from `start` up to and without `end` (None: to the last) with their rows, in order or backwards.
@@ -436,11 +440,11 @@ class Store:
 
     def _renew_changed(self) -> None:
         self._changed = Layer()
-        self._changed_rows: Rows = self._changed.rows
+        self.recent: Rows = self._changed.rows
 
     def _known(self, key: str) -> Any:
         """What memory says of `key`; see `row`, which does the same without a call more."""
-        row = self._changed_rows.get(key, UNKNOWN)
+        row = self.recent.get(key, UNKNOWN)
         if row is UNKNOWN and self._flushing is not None:
             row = self._flushing.rows.get(key, UNKNOWN)
         return self._cache.get(key) if row is UNKNOWN else row

@@ -45,6 +45,9 @@ DIGITS_MAX: Final = 4300
 LENGTH_DIGITS_MAX: Final = 20
 """A frame length of more digits is no length at all, but garbage."""
 
+Quote = Callable[[str], bytes]
+"""What encodes a text as a JSON string."""
+
 _WHITESPACE: Final = " \t\n\r"
 _HIGH_OR_LOW = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(rb"\\(?:[^u]|u(?![dD][89a-fA-F])|u[dD][89abAB]..\\u[dD][c-fC-F]|(u))", re.DOTALL)
@@ -250,6 +253,19 @@ def encode_string(text: str) -> bytes:
         return _quote(text).encode()
     except UnicodeEncodeError:
         raise BadRequest(_LONE) from None
+
+
+def _quoted(text: str) -> bytes:
+    return b'"%b"' % text.encode()
+
+
+def quoter(payload: bytes) -> Quote:
+    """What encodes the strings that the JSON in `payload` holds: `encode_string`, or something that takes a sixth of its time.
+
+    Valid JSON has no control character within a string, and a quote or a backslash only behind a backslash. So where
+    `payload` has no backslash at all, nothing that it decodes to needs one.
+    """
+    return encode_string if 92 in payload else _quoted
 
 
 def splice(reply: bytes, field: bytes) -> bytes:

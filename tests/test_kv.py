@@ -16,7 +16,7 @@ from ddb.codec import decode_batch, encode_batch
 from ddb.errors import BadRequest, InvariantError, TooLarge
 from ddb.kv import Machine, MemoryTable, answer, digest_of, holds, prefix_end, prepare, prepare_read
 from ddb.messages import Batch, Configuration
-from ddb.wire import decode, encode
+from ddb.wire import decode, encode, quoter
 
 
 def batch_of(first: int, *requests: dict[str, Any]) -> Batch:
@@ -663,9 +663,10 @@ def test_leader_and_follower_answer_alike_and_keep_the_same_rows(requests: list[
 
 @given(REQUESTS)
 def test_the_log_keeps_exactly_what_is_applied(request_: dict[str, Any]) -> None:
-    entry, _ = prepare(request_)
+    entry, command = prepare(request_)
     assert b"\n" not in entry
     assert encode(json.loads(entry)) == entry
+    assert prepare(request_, quoter(encode(request_))) == (entry, command)
 
 
 @given(PUTS)

@@ -186,6 +186,25 @@ def test_a_string_is_quoted_as_json_quotes_it(text: str) -> None:
     assert wire.encode_string(text) == wire.encode(text) == json.dumps(text, ensure_ascii=False).encode()
 
 
+@given(st.lists(TEXT, max_size=4), st.booleans())
+def test_the_strings_of_a_payload_without_escapes_are_quoted_the_short_way(texts: list[str], ascii_only: bool) -> None:
+    payload = json.dumps({"texts": texts}, ensure_ascii=ascii_only).encode()
+    quote = wire.quoter(payload)
+    assert (quote is wire.encode_string) is (b"\\" in payload)
+    assert [quote(text) for text in wire.decode(payload)["texts"]] == [wire.encode_string(text) for text in texts]
+
+
+@given(st.text(st.characters(max_codepoint=0x7F)).map(lambda text: b'{"a":"%b"}' % text.encode()))
+def test_whatever_is_taken_for_json_is_quoted_alike_either_way(payload: bytes) -> None:
+    try:
+        request = wire.decode(payload)
+    except BadRequest:
+        return
+    quote = wire.quoter(payload)
+    for text in (*request, *(value for value in request.values() if type(value) is str)):
+        assert quote(text) == wire.encode_string(text)
+
+
 @pytest.mark.parametrize(
     "value", [float("nan"), float("inf"), {"a": {1, 2}}, b"bytes", "\ud800", {"\udfff": 1}, {(1, 2): 3}]
 )
