@@ -74,7 +74,7 @@ class Arrival:
         found = self._hash.hexdigest()
         if found != self.sha256:
             raise corrupt(self.path, f"its SHA-256 is {found}, not {self.sha256}")
-        return check_copy(self._disk, self.path, None, self._keys.add, self._known), self._keys
+        return check_copy(self._disk, self.path, self._keys.add, self._known), self._keys
 
     def drop(self) -> None:
         """Remove the file, wherever it has not got another name. May be called twice. Raises OSError."""

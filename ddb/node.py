@@ -1,7 +1,7 @@
 """A node: one member of a cluster as a process. `python -m ddb.node`.
 
-This only composes what is below. One thread, the loop's, owns all of it; the log's writer and one worker for what takes
-long (checkpoints, copies) are the only others, and post what they have done. Each turn of the loop ends in
+This only composes what is below. One thread, the loop's, owns all of it; the log's writer and two workers for what takes
+long (checkpoints, snapshots) are the only others, and post what they have done. Each turn of the loop ends in
 `Replica.flush`: all requests that came in it share one log entry batch, one fsync and one message to each follower.
 
 How a node starts: it locks its data directory, reads log and snapshot, listens, and registers. If it
@@ -160,16 +160,16 @@ class Node:
         )  # fmt: skip
         writer = self.writer = self.world.writer(journal, self._saved, self._disk_failed, self._disk_space)
         self._closing.append(writer.close)
-        worker, another = self.world.background(), self.world.background()
-        self._closing += [worker.close, another.close]
+        background, leisure = self.world.background(), self.world.background()
+        self._closing += [background.close, leisure.close]
         machine = Machine(store, store.meta.applied)
         first_ticket = self.world.rng.getrandbits(48)
         self.replica = Replica(
             raft, machine, writer, self._send, journal.read, self.world.wall_ms, bounds, first_ticket
         )  # fmt: skip
         self.sync = Sync(
-            self.replica, store, self.data.path, worker.run, journal.drop_below, settings.policy, bounds,
-            disk=self.world.disk, leisure=another.run,
+            self.replica, store, self.data.path, background.run, journal.drop_below, settings.policy, bounds,
+            disk=self.world.disk, leisure=leisure.run,
         )  # fmt: skip
         self._closing.append(self.sync.close)
         self.tenure = Tenure(self.replica, self.world.wall_ms, settings.session_unused_s)

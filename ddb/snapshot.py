@@ -520,35 +520,16 @@ def _copied_source(disk: Disk, copied: Copy) -> Source:
 
 
 def check_copy(
-    disk: Disk,
-    path: Path,
-    sha256: str | None = None,
-    take: Callable[[tuple[str, ...]], object] | None = None,
-    known: Verified = Verified(),
+    disk: Disk, path: Path, take: Callable[[tuple[str, ...]], object] | None = None, known: Verified = Verified()
 ) -> Meta:
-    """Make sure that the file at `path`, received from elsewhere, is a whole and right database, and durable; for a
-    worker thread. `take`, where there is one, is given its keys, some at a time, but for those of the rows that are
-    `known` to be right.
+    """Make sure that the file at `path`, received from elsewhere, is a whole and right database; for a worker thread. `take`,
+    where there is one, is given its keys, some at a time, but for those of the rows that are `known` to be right.
     Returns which state it is. Raises CorruptStore, StartupError or OSError."""
-    fsync(disk, path)
-    if sha256 is not None:
-        _, found = _size_and_hash(disk, path)
-        if found != sha256:
-            raise corrupt(path, f"its SHA-256 is {found}, not {sha256}")
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
         for keys in verify(connection, path, known=known):  # not gently: who needs it serves nobody meanwhile
             if take is not None:
                 take(keys)
         return read_meta(connection, path)
-
-
-def fsync(disk: Disk, path: Path) -> None:
-    """Make the content of the file at `path` durable. Raises OSError."""
-    handle = disk.open(path)
-    try:
-        disk.fdatasync(handle)
-    finally:
-        disk.close(handle)
 
 
 def _size_and_hash(disk: Disk, path: Path) -> tuple[int, str]:

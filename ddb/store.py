@@ -28,7 +28,7 @@ instead of seeking each.
 What is sent to another member is the file itself: a reader keeps it as it is meanwhile, and checkpoints wait in SQLite's
 write-ahead log, where they are as durable and as readable, and are moved with the first one after it.
 
-Threads: everything belongs to the loop thread, but for `Checkpoint.write`, `copy_to`, `source` and `verify`, which open
+Threads: everything belongs to the loop thread, but for `Checkpoint.write`, `source` and `verify`, which open
 their own connection, and of which one runs at a time.
 """
 
@@ -54,7 +54,7 @@ from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
 from ddb.ledger import Ledger, Records
 from ddb.messages import Configuration
-from ddb.snapshot import Copy, Meta, Source, corrupt, errors, translated
+from ddb.snapshot import Meta, Source, corrupt, errors, translated
 
 logger = logging.getLogger(__name__)
 
@@ -324,14 +324,6 @@ class Store:
             self.ledger.give_back(checkpoint.records)
 
     # ----------------------------------------------------- the whole file
-
-    def copy_to(self, path: str | Path) -> Copy:
-        """Make `path` a copy of the last checkpoint, one consistent file; for a worker thread.
-
-        Raises ReadOnly, CorruptStore or OSError, and then leaves no file.
-        """
-        with self.working():
-            return snapshot.copy(self.disk, self.path, Path(path))
 
     def source(self, path: Path) -> Source:
         """The last checkpoint, to be sent; for a worker thread. Until the source is closed, checkpoints stay in the

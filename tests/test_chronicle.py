@@ -413,7 +413,7 @@ def test_a_copy_carries_the_history(stored: StoredBook, tmp_path: Path) -> None:
     for i in range(5):
         stored.apply(put("a", i))
     stored.checkpoint()
-    copied = stored.table.copy_to(tmp_path / "copy.db")
+    copied = snapshot.copy(stored.table.disk, stored.table.path, tmp_path / "copy.db")
     assert snapshot.check_copy(stored.table.disk, copied.path).kept.count == 5
     with Store.open(tmp_path / "other.db") as other:
         chronicle = Chronicle(0, Retention(), other)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ddb import snapshot
+from ddb.arrival import Arrival
 from ddb.datadir import DataDirectory
 from ddb.disk import OsDisk, fsync_directory, read_file, remove_if_there, replace_durably, write_all
 from ddb.errors import CorruptStore, ReadOnly, StartupError
@@ -622,11 +623,13 @@ def live(disk: SimDisk, durable: list[int]) -> None:
     for rev in range(1, 4):
         checkpoint(store, rev)
         durable.append(rev)
-    copied = store.copy_to(HOME / "copy.db")
-    snapshot.check_copy(disk, copied.path, copied.sha256)
+    copied = snapshot.copy(store.disk, store.path, HOME / "copy.db")
+    arriving = Arrival(disk, HOME / "incoming.db", copied.size_bytes, copied.sha256)
+    arriving.take(disk.content(copied.path), 0)
+    arriving.finish()
     checkpoint(store, 4)
     durable.append(4)
-    store.install(copied.path)
+    store.install(arriving.path)
     durable.append(3)
     store.close()
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ddb import snapshot
+from ddb.arrival import Arrival
 from ddb.errors import CorruptStore
 from ddb.kv import digest_of
 from ddb.simdisk import Crash, SimDisk
-from ddb.snapshot import check_copy
 from ddb.store import Store
 from tests.test_store import checkpoint, fill, put, remove
 
@@ -78,7 +79,7 @@ def test_a_crash_at_every_change_of_an_install_leaves_the_old_state_or_the_new()
     source_disk, source = begun()
     put(source, "key00009", b'"theirs"', 5)
     checkpoint(source, 5)
-    source.copy_to(PATH.with_name("copy.db"))
+    snapshot.copy(source.disk, source.path, PATH.with_name("copy.db"))
     received = source_disk.content(PATH.with_name("copy.db"))
 
     def work(disk: SimDisk, one: Store) -> None:
@@ -91,9 +92,10 @@ def test_a_crash_at_every_change_of_an_install_leaves_the_old_state_or_the_new()
 @pytest.mark.parametrize("at", range(0, 12_000, 997))
 def test_a_received_copy_with_a_changed_byte_is_refused(at: int) -> None:
     disk, one = begun()
-    copy = one.copy_to(PATH.with_name("copy.db"))
+    copy = snapshot.copy(one.disk, one.path, PATH.with_name("copy.db"))
     content = bytearray(disk.content(copy.path))
     content[at % len(content)] ^= 1
-    disk.put(copy.path, bytes(content))
+    arriving = Arrival(disk, PATH.with_name("incoming.db"), len(content), copy.sha256)
+    arriving.take(bytes(content), 0)
     with pytest.raises(CorruptStore):
-        check_copy(disk, copy.path, copy.sha256)
+        arriving.finish()

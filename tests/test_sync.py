@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from ddb import snapshot
 from ddb.codec import encode_batch
 from ddb.disk import read_file
 from ddb.kv import Machine, checksum
@@ -38,7 +39,7 @@ def leaders_copy() -> tuple[Copy, bytes]:
         begun = store.begin_checkpoint(50, 3, Configuration("c", "bully", (Voter("id1", "n1", "10.0.0.1:8050", True),)))
         begun.write()
         store.finish_checkpoint(begun)
-        copied = store.copy_to(HOME / "outgoing.db")
+        copied = snapshot.copy(store.disk, store.path, HOME / "outgoing.db")
     return copied, read_file(disk, copied.path)
 
 
@@ -198,7 +199,7 @@ def test_a_checkpoint_takes_history_along_and_a_snapshot_brings_it(receiver: Rec
     leader.put(5)
     assert leader.store.meta.kept.count == 30
     told = list(leader.sync.chronicle.records(0))
-    copied = leader.store.copy_to(HOME / "outgoing.db")
+    copied = snapshot.copy(leader.store.disk, leader.store.path, HOME / "outgoing.db")
     content = read_file(disk, copied.path)
     leader.close()
     again = Member(disk)
