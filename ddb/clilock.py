@@ -40,7 +40,7 @@ from ddb.options import REVISION_MAX
 from ddb.recipes import Election, Lock
 from ddb.results import to_wire
 from ddb.scratch import Interrupts
-from ddb.settings import seconds, whole
+from ddb.settings import is_utf8, seconds, whole
 
 L = TypeVar("L", bound=Lock)
 
@@ -68,7 +68,7 @@ def _judged(make: Callable[..., L], args: argparse.Namespace) -> L:
     """The lock that the arguments name. Raises UsageError where there can't be such a one, or no such COMMAND."""
     if any("\0" in text for text in (args.name, *args.words)):
         raise UsageError("Neither a name nor COMMAND can hold a NUL: no program could be told of it.")
-    if not all(console.is_utf8(text) for text in (args.name, args.value or "")):
+    if not all(is_utf8(text) for text in (args.name, args.value or "")):
         raise UsageError("A name or a --value is not UTF-8.")
     try:
         return make(args.name, args.ttl, value=args.value)

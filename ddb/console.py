@@ -29,7 +29,7 @@ from ddb.client import Client
 from ddb.errors import DdbError
 from ddb.formats import Format, Sheet
 from ddb.overview import wants_colour
-from ddb.settings import USAGE
+from ddb.settings import USAGE, is_utf8
 
 OK, ERROR, NOT_FOUND, CONDITION_NOT_MET, UNREACHABLE, INTERRUPTED, BROKEN_PIPE = 0, 1, 3, 4, 5, 130, 141
 
@@ -241,8 +241,3 @@ def _text(argument: str) -> str:
     except UnicodeDecodeError:
         source = "Standard input" if argument == "-" else argument[1:]
         raise UsageError(f"{source} is not UTF-8; for other bytes say --type bytes.") from None
-
-
-def is_utf8(argument: str) -> bool:
-    """Whether an argument's bytes were UTF-8: Python keeps others as lone surrogates (PEP 383)."""
-    return not any("\udc80" <= character <= "\udcff" for character in argument)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ddb.formats import Format
-from ddb.settings import seconds, whole
+from ddb.settings import seconds, utf8, whole
 from ddb.workload import MIX, Fault, mix_shown, parse_faults, parse_mix
 
 DEFAULT_SERVER: Final = "127.0.0.1:8050"
@@ -115,9 +115,9 @@ def _read_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _range_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
-    parser.add_argument("--start", metavar="KEY", help="keys from this one on")
-    parser.add_argument("--end", metavar="KEY", help="keys below this one")
+    parser.add_argument("prefix", nargs="?", type=utf8, metavar="PREFIX", help="keys that begin so (all when left out)")
+    parser.add_argument("--start", type=utf8, metavar="KEY", help="keys from this one on")
+    parser.add_argument("--end", type=utf8, metavar="KEY", help="keys below this one")
 
 
 def put_options(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +164,7 @@ def count_options(parser: argparse.ArgumentParser) -> None:
 
 def incr_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb incr`."""
-    parser.add_argument("key", metavar="KEY")
+    parser.add_argument("key", type=utf8, metavar="KEY")
     parser.add_argument("by", metavar="BY", nargs="?", type=_any_integer, default=1, help="how much to add (1)")
 
 
@@ -265,9 +265,9 @@ def sim_options(parser: argparse.ArgumentParser) -> None:
 def export_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb export`."""
     parser.add_argument("file", metavar="FILE", help="where to; - is standard output")
-    parser.add_argument("--prefix", metavar="PREFIX", help="only keys that begin so")
-    parser.add_argument("--start", metavar="KEY", help="only keys from this one on")
-    parser.add_argument("--end", metavar="KEY", help="only keys below this one")
+    parser.add_argument("--prefix", type=utf8, metavar="PREFIX", help="only keys that begin so")
+    parser.add_argument("--start", type=utf8, metavar="KEY", help="only keys from this one on")
+    parser.add_argument("--end", type=utf8, metavar="KEY", help="only keys below this one")
     parser.add_argument("--force", action="store_true", help="replace FILE where it is there already")
     parser.add_argument("--restart", action="store_true", help="begin anew where an export of FILE was killed")
     _quiet_option(parser)
@@ -276,7 +276,7 @@ def export_options(parser: argparse.ArgumentParser) -> None:
 def import_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb import`."""
     parser.add_argument("file", metavar="FILE", help="where from; - is standard input")
-    parser.add_argument("--into", metavar="TEXT", help="put TEXT in front of every key")
+    parser.add_argument("--into", type=utf8, metavar="TEXT", help="put TEXT in front of every key")
     parser.add_argument("--state", metavar="PATH", type=Path, help="how far it got is kept here (FILE.import)")
     parser.add_argument("--restart", action="store_true", help="begin anew where an import of FILE was stopped")
     _quiet_option(parser)
@@ -284,8 +284,8 @@ def import_options(parser: argparse.ArgumentParser) -> None:
 
 def watch_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb watch`."""
-    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
-    parser.add_argument("--key", metavar="KEY", help="this key alone")
+    parser.add_argument("prefix", nargs="?", type=utf8, metavar="PREFIX", help="keys that begin so (all when left out)")
+    parser.add_argument("--key", type=utf8, metavar="KEY", help="this key alone")
     parser.add_argument(
         "--from", metavar="R", dest="from_", type=whole(0, REVISION_MAX), help="from revision R on (from now on)"
     )
@@ -299,8 +299,8 @@ def watch_options(parser: argparse.ArgumentParser) -> None:
 
 def history_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb history`."""
-    parser.add_argument("key", nargs="?", metavar="KEY", help="this key alone (all when left out)")
-    parser.add_argument("--prefix", metavar="PREFIX", help="keys that begin so")
+    parser.add_argument("key", nargs="?", type=utf8, metavar="KEY", help="this key alone (all when left out)")
+    parser.add_argument("--prefix", type=utf8, metavar="PREFIX", help="keys that begin so")
     parser.add_argument(
         "--from", metavar="R", dest="from_", type=whole(0, REVISION_MAX), help="from revision R on (all that is kept)"
     )
@@ -315,7 +315,7 @@ def diff_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb diff`."""
     parser.add_argument("first", metavar="R1", type=whole(0, REVISION_MAX), help="the older revision")
     parser.add_argument("second", metavar="R2", type=whole(0, REVISION_MAX), help="the newer one")
-    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
+    parser.add_argument("prefix", nargs="?", type=utf8, metavar="PREFIX", help="keys that begin so (all when left out)")
 
 
 def _holding_options(parser: argparse.ArgumentParser) -> None:
@@ -356,8 +356,8 @@ def lease_options(parser: argparse.ArgumentParser) -> None:
 def mirror_options(parser: argparse.ArgumentParser) -> None:
     """Of `ddb mirror`."""
     parser.add_argument("target", metavar="HOST:PORT[,…]", help="nodes of the other cluster")
-    parser.add_argument("prefix", nargs="?", metavar="PREFIX", help="keys that begin so (all when left out)")
-    parser.add_argument("--into", metavar="TEXT", default="", help="put TEXT in front of every key there")
+    parser.add_argument("prefix", nargs="?", type=utf8, metavar="PREFIX", help="keys that begin so (all when left out)")
+    parser.add_argument("--into", type=utf8, metavar="TEXT", default="", help="put TEXT in front of every key there")
     parser.add_argument("--once", action="store_true", help="end when the copy is up to date, instead of following")
     parser.add_argument("--restart", action="store_true", help="copy everything again")
     _quiet_option(parser)

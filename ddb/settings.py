@@ -72,3 +72,15 @@ def seconds(least: float, most: float) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def is_utf8(argument: str) -> bool:
+    """Whether an argument's bytes were UTF-8: Python keeps others as lone surrogates (PEP 383)."""
+    return not any("\udc80" <= character <= "\udcff" for character in argument)
+
+
+def utf8(argument: str) -> str:
+    """A `type` for keys, and parts of keys."""
+    if not is_utf8(argument):
+        raise argparse.ArgumentTypeError(f"{os.fsencode(argument)!r} is not UTF-8, as all keys are")
+    return argument

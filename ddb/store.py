@@ -68,9 +68,7 @@ SORTED_KEYS_MAX: Final = 2000  # sorted in one go, about: a millisecond without 
 SLICE_KEYS: Final = 1000  # handled without a pause: some 0.3 ms
 OVERSAMPLING: Final = 8
 WRITER_CACHE_KIB: Final = 16 << 10
-READER_CACHE_KIB: Final = (
-    8 << 10
-)  # the inner pages of some two million rows; with SQLite's 2 MiB, a look-up took twice the time
+READER_CACHE_KIB: Final = 8 << 10  # the inner pages of some two million rows; with 2 MiB, a look-up took twice the time
 HISTORY_PAGE_ROWS: Final = 200
 HISTORY_PAGE_BYTES: Final = 1 << 20
 

@@ -111,6 +111,20 @@ def test_standard_input_that_is_no_text_gets_a_sentence() -> None:
     assert ran.stderr == b"ddb: Standard input is not UTF-8; for other bytes say --type bytes.\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["scan", "\udcff"], ["scan", "--start", "\udcff"], ["count", "--end", "\udcff"], ["incr", "\udcff"], ["watch", "\udcff"],
+        ["watch", "--key", "\udcff"], ["history", "\udcff"], ["history", "--prefix", "\udcff"], ["diff", "1", "2", "\udcff"],
+        ["export", "-", "--prefix", "\udcff"], ["import", "-", "--into", "\udcff"],
+    ],
+)  # fmt: skip
+def test_a_key_that_is_no_text_gets_a_sentence(words: list[str]) -> None:
+    ran = command(*words)
+    assert (ran.returncode, ran.stdout) == (2, b"")
+    assert ran.stderr.count(b"\n") == 1 and b"b'\\xff' is not UTF-8, as all keys are" in ran.stderr
+
+
 def test_json_prints_the_reply_as_it_came(server: FakeServer, ddb: Run) -> None:
     reply = {"ok": True, "found": True, **item("k", {"$b64": "AQ=="}), "new": "field"}
     server.answer = lambda request: reply
