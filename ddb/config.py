@@ -27,6 +27,6 @@ class Bounds:
     batches_in_flight_max: int = 2  # of the leader's, not yet committed: later writes gather in the next
     batch_entries_max: int = 4096
     writes_waiting_max: int = 100_000
-    writes_waiting_bytes_max: int = 128 << 20  # of all these writes together
+    writes_waiting_bytes_max: int = 64 << 20  # of their entries; the commands that these say take as much memory again
     reads_waiting_max: int = 100_000
     snapshot_chunk_bytes: int = 256 << 10
