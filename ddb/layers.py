@@ -20,6 +20,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
+from zlib import crc32
 
 from ddb.kv import Row
 
@@ -192,31 +193,39 @@ class Cache:
 class KeyFilter:
     """A set of keys that may say yes wrongly, rarely, and never says no wrongly.
 
-    One byte for each slot, so that `add` may run in one thread while another asks.
+    One byte for each slot, so that `add` may run in one thread while another asks. The same keys make the same `tables` in every
+    process.
     """
 
-    __slots__ = ("_count", "_tables")
+    __slots__ = ("_count", "tables")
 
     def __init__(self, expected: int) -> None:
         """An empty set, made for about `expected` keys; it grows."""
-        self._tables: list[bytearray] = []
+        self.tables: list[bytearray] = []
         self._count = 0
         self._grow(expected)
 
+    @classmethod
+    def of(cls, tables: list[bytearray]) -> KeyFilter:
+        """The set that has these `tables`, from another process; at least one."""
+        found = cls(0)
+        found.tables, found._count = tables, tables[-1].count(1)
+        return found
+
     def add(self, keys: Sequence[str]) -> None:
         """Add all `keys`."""
-        table = self._tables[-1]
+        table = self.tables[-1]
         mask = len(table) - 1
         for key in keys:
-            table[hash(key) & mask] = 1
+            table[crc32(key.encode()) & mask] = 1
         self._count += len(keys)
         if self._count * SLOTS_PER_KEY > len(table) and len(table) < FILTER_SLOTS_MAX:
             self._grow(self._count * 4)
 
     def may_hold(self, key: str) -> bool:
         """False where `key` was surely never added."""
-        hashed = hash(key)
-        for table in self._tables:  # noqa: SIM110 (a generator would double the cost)
+        hashed = crc32(key.encode())
+        for table in self.tables:  # noqa: SIM110 (a generator would double the cost)
             if table[hashed & (len(table) - 1)]:
                 return True
         return False
@@ -225,5 +234,5 @@ class KeyFilter:
         size = FILTER_SLOTS_MIN
         while size < min(expected * SLOTS_PER_KEY, FILTER_SLOTS_MAX):
             size *= 2
-        self._tables.append(bytearray(size))
+        self.tables.append(bytearray(size))
         self._count = 0

@@ -248,7 +248,8 @@ class ReadReply:
 
 @dataclass(frozen=True, slots=True)
 class InstallSnapshot:
-    """One chunk of the leader's snapshot, a SQLite file of `size` bytes (Raft §7)."""
+    """One chunk of the leader's snapshot, a SQLite file of `size` bytes (Raft §7). `sha256` is the whole file's; it may be empty but in
+    the last chunk."""
 
     src: str
     dst: str

@@ -169,7 +169,7 @@ class Node:
         )  # fmt: skip
         self.sync = Sync(
             self.replica, store, self.data.path, background.run, journal.drop_below, settings.policy, bounds,
-            disk=self.world.disk, leisure=leisure.run,
+            disk=self.world.disk, leisure=leisure.run, inspect=self.world.inspect,
         )  # fmt: skip
         self._closing.append(self.sync.close)
         self.tenure = Tenure(self.replica, self.world.wall_ms, settings.session_unused_s)

@@ -16,11 +16,13 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from ddb.agenda import Agenda
 from ddb.disk import Disk
 from ddb.errors import DdbError, InvariantError
+from ddb.inspection import Here
 from ddb.log import Log, LogWriter
 from ddb.loop import Fatal
 from ddb.reactor import Reactor
@@ -506,3 +508,7 @@ class SimWorld:
         """See World."""
         self._backgrounds += 1
         return SimBackground(self._host, BACKGROUND_S if self._backgrounds == 1 else SLOW_S)
+
+    def inspect(self, path: Path, size_bytes: int) -> Here:
+        """See World: whoever is in the background does it."""
+        return Here(self.disk, path, size_bytes)

@@ -104,7 +104,8 @@ class Copy:
 @dataclass(frozen=True, slots=True)
 class Source:
     """A snapshot to be sent, with what the receiver needs to check it. `read(count, offset)` gives its bytes, until `close`.
-    `still`: they are the database's own file, into which SQLite can move nothing until then."""
+    `still`: they are the database's own file, into which SQLite can move nothing until then. `sha256` is empty until somebody
+    has had the time to read all of it (`hashed`)."""
 
     meta: Meta
     size_bytes: int
@@ -376,10 +377,10 @@ def _verify_history(connection: sqlite3.Connection, path: Path, meta: Meta, *, g
 
 
 def verify(
-    connection: sqlite3.Connection, path: Path, *, gently: bool = False, known: Verified = Verified()
+    connection: sqlite3.Connection, path: Path, *, gently: bool = False, known: Callable[[], Verified] = Verified
 ) -> Iterator[tuple[str, ...]]:
     """Walk the whole database and yield its keys, some at a time, once they are known to be right; at the end, that
-    nothing is missing. What is `known` of it already is not walked again.
+    nothing is missing. What is `known` of the rows, when all else has been looked at, is not walked again.
 
     With `gently`, it pauses often, so that other threads get the interpreter. Raises CorruptStore.
     """
@@ -391,17 +392,19 @@ def verify(
             (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise corrupt(path, str(verdict))
-            digest, count = known.digest, known.count
-            for keys, some in _verified_rows(connection, path, known.last):
+            records = 0
+            if meta.format != "1":
+                for name, value in select_records(connection, path):
+                    records += record_checksum(name, value) ** 2
+                _verify_history(connection, path, meta, gently=gently)
+            before = known()
+            digest, count = before.digest + records, before.count
+            for keys, some in _verified_rows(connection, path, before.last):
                 digest += some
                 count += len(keys)
                 yield keys
                 if gently:
                     time.sleep(PAUSE_S)
-            if meta.format != "1":
-                for name, value in select_records(connection, path):
-                    digest += record_checksum(name, value) ** 2
-                _verify_history(connection, path, meta, gently=gently)
             if (digest & DIGEST_MASK, count) != (meta.digest, meta.count):
                 raise corrupt(path, f"{count} rows are sound, but they are not the {meta.count} that were written")
         finally:
@@ -473,7 +476,7 @@ def copy(disk: Disk, source: Path, path: Path) -> Copy:
 
 
 def source(disk: Disk, database: Path, path: Path) -> Source:
-    """The database as it was committed last, to be sent: its own file where it can be kept still, or else a copy of it at
+    """The database as it was committed last, to be sent: its own file where it can be kept still, not `hashed` yet, or else a copy of it at
     `path`; for a worker thread. Nobody may write to it during the call. Raises ReadOnly, CorruptStore or OSError."""
     with errors(database):
         still = disk.still(database)
@@ -482,13 +485,15 @@ def source(disk: Disk, database: Path, path: Path) -> Source:
         try:
             with closing(connect(disk, database)) as connection:
                 meta = read_meta(connection, database)
-            sha256 = hashlib.sha256()
-            for offset in range(0, still.size_bytes, HASHED_BYTES):
-                sha256.update(still.read(HASHED_BYTES, offset))
         except BaseException:
             still.close()
             raise
-        return Source(meta, still.size_bytes, sha256.hexdigest(), still.read, still.close, True)
+        return Source(meta, still.size_bytes, "", still.read, still.close, True)
+
+
+def hashed(source: Source) -> str:
+    """The SHA-256 of what `source` reads; for a worker thread. Raises OSError."""
+    return _hash(source.read, source.size_bytes)
 
 
 def spared(disk: Disk, still: Source, path: Path) -> Source:
@@ -520,11 +525,13 @@ def _copied_source(disk: Disk, copied: Copy) -> Source:
 
 
 def check_copy(
-    disk: Disk, path: Path, take: Callable[[tuple[str, ...]], object] | None = None, known: Verified = Verified()
+    disk: Disk,
+    path: Path,
+    take: Callable[[tuple[str, ...]], object] | None = None,
+    known: Callable[[], Verified] = Verified,
 ) -> Meta:
     """Make sure that the file at `path`, received from elsewhere, is a whole and right database; for a worker thread. `take`,
-    where there is one, is given its keys, some at a time, but for those of the rows that are `known` to be right.
-    Returns which state it is. Raises CorruptStore, StartupError or OSError."""
+    where there is one, is given its keys, some at a time, but for those of the rows that are `known` to be right. Returns which state it is. Raises CorruptStore, StartupError or OSError."""
     with errors(path), closing(connect(disk, path, frozen=True)) as connection:
         for keys in verify(connection, path, known=known):  # not gently: who needs it serves nobody meanwhile
             if take is not None:
@@ -536,9 +543,14 @@ def _size_and_hash(disk: Disk, path: Path) -> tuple[int, str]:
     """The file's bytes, and their SHA-256."""
     handle = disk.open_to_read(path)
     try:
-        size_bytes, sha256 = disk.size(handle), hashlib.sha256()
-        for offset in range(0, size_bytes, HASHED_BYTES):
-            sha256.update(disk.pread(handle, HASHED_BYTES, offset))
-        return size_bytes, sha256.hexdigest()
+        size_bytes = disk.size(handle)
+        return size_bytes, _hash(partial(disk.pread, handle), size_bytes)
     finally:
         disk.close(handle)
+
+
+def _hash(read: Callable[[int, int], bytes], size_bytes: int) -> str:
+    sha256 = hashlib.sha256()
+    for offset in range(0, size_bytes, HASHED_BYTES):
+        sha256.update(read(HASHED_BYTES, offset))
+    return sha256.hexdigest()

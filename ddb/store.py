@@ -96,6 +96,7 @@ class Store:
         self._filter: KeyFilter | None = None
         self._cache_bytes_max = cache_bytes_max
         self._working = threading.Lock()
+        self._verifying = False
         self._ending = False
         self.held = False  # by a source that is sent: the file must not change
         self.waiting_checkpoints = 0  # in the write-ahead log because of that
@@ -347,7 +348,7 @@ class Store:
         state is that of the new `meta`. Raises CorruptStore, StartupError or OSError; the store is then closed.
         """
         invariant(self._checkpoint is None, "no checkpoint is under way when a snapshot is installed")
-        free = self._working.acquire(blocking=False)
+        free = not self._verifying and self._working.acquire(blocking=False)
         invariant(free, "no worker has the file open when a snapshot is installed")
         try:
             with errors(self.path):
@@ -366,8 +367,11 @@ class Store:
 
         Returns the state that was verified. Raises CorruptStore, naming the first bad key.
         """
-        with self.working():
+        self._verifying = True  # beside which the file may be sent: neither changes it
+        try:
             return self._verify(gently=True)
+        finally:
+            self._verifying = False
 
     @property
     def verified(self) -> bool:

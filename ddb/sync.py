@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from ddb.chronicle import Chronicle, Retention
 from ddb.config import Bounds
 from ddb.disk import Disk, OsDisk, remove_if_there
 from ddb.errors import CorruptStore, ReadOnly, invariant
+from ddb.inspection import Inspect
 from ddb.kv import Machine
 from ddb.layers import KeyFilter
 from ddb.messages import Batch, InstallSnapshot, SnapshotReply, SnapshotRequest
@@ -89,9 +91,14 @@ class _Receiving:
     written: int = 0  # by it
     complete: bool = False
 
+    def may_have(self, m: InstallSnapshot) -> bool:
+        """Whether `m` is a chunk of this file, as far as anybody knows yet."""
+        same = (self.src, self.index, self.file.size_bytes) == (m.src, m.index, m.size)
+        return same and (not m.sha256 or self.file.sha256 in ("", m.sha256))
+
 
 class Sync:
-    """The snapshot's side of one member. `directory` is for copies and for what arrives."""
+    """The snapshot's side of one member. `directory` is for copies and for what arrives, which `inspect` verifies (see Arrival)."""
 
     def __init__(
         self,
@@ -104,8 +111,10 @@ class Sync:
         bounds: Bounds | None = None,
         disk: Disk | None = None,
         leisure: Background | None = None,
+        inspect: Inspect | None = None,
     ) -> None:
         self._disk = disk or OsDisk()
+        self._inspect = inspect
         self._leisure = leisure or background
         self._replica = replica
         self._raft = replica.raft
@@ -373,12 +382,35 @@ class Sync:
             self._wanted_by.clear()
             return
         self._copy = copy
+        if not copy.sha256:
+            self._in_store(lambda: snapshot.hashed(copy), partial(self._hashed, copy), self._background)
+
+    def _hashed(self, copy: snapshot.Source, sha256: str | None, error: Exception | None) -> None:
+        """The last chunk, which has waited for that, may go."""
+        if copy is not self._copy:
+            copy.close()  # `_drop_copy` has left that, for somebody was reading
+        elif sha256 is None:
+            log.error("%r: the snapshot could not be read: %s", self._replica, error)
+            for peer in list(self._sendings):
+                self._give_up(peer, "it could not be read")
+            self._copy = None
+            copy.close()
+        else:
+            self._copy = replace(copy, sha256=sha256)
+            for peer in sorted(self._sendings):
+                self._send_chunks(peer)
 
     def _spare_file(self) -> None:
         """Go on from a copy where the sending takes longer than from one checkpoint to the next: what waits in the write-ahead
         log of the database, because its file is being sent, would grow without end."""
         source = self._copy
-        if source is None or not source.still or self._sparing or not self._store.waiting_checkpoints:
+        if (
+            source is None
+            or not source.still
+            or not source.sha256
+            or self._sparing
+            or not self._store.waiting_checkpoints
+        ):
             return
 
         def spared(copy: snapshot.Source | None, error: Exception | None) -> None:
@@ -404,6 +436,8 @@ class Sync:
         for _ in range(CHUNKS_AT_ONCE):
             if sending.next >= min(window_end, copy.size_bytes):
                 return
+            if not copy.sha256 and sending.next + self._chunk_bytes >= copy.size_bytes:
+                return  # the last one says what the whole must be
             data = copy.read(self._chunk_bytes, sending.next)
             meta, raft = copy.meta, self._raft
             self._replica.send(
@@ -449,7 +483,7 @@ class Sync:
 
     def _drop_copy(self) -> None:
         copy, self._copy = self._copy, None
-        if copy is not None:
+        if copy is not None and copy.sha256:
             copy.close()
 
     # --- receiving ----------------------------------------------------------------------------------------------
@@ -459,13 +493,14 @@ class Sync:
         if self._is_useless(m.index):
             self._acknowledge(m.src, m.index, m.size, installed=True)
             return
-        if receiving is None or (receiving.src, receiving.index, receiving.file.sha256) != (m.src, m.index, m.sha256):
+        if receiving is None or not receiving.may_have(m):
             if receiving is not None and receiving.complete:
                 return  # one is being verified; the sender will try again
             self._stop_receiving()
             log.info("%r: receiving the snapshot of %d, %d bytes", self._replica, m.index, m.size)
-            file = Arrival(self._disk, self._incoming_path, m.size, m.sha256)
+            file = Arrival(self._disk, self._incoming_path, m.size, m.sha256, self._inspect)
             self._receiving = receiving = _Receiving(m.src, m.index, file)
+        receiving.file.sha256 = m.sha256 or receiving.file.sha256
         if m.offset == receiving.received and not receiving.complete:
             self._write(receiving, m.data, m.offset)
         else:

@@ -13,9 +13,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
+from ddb import inspection
 from ddb.disk import Disk, OsDisk
+from ddb.inspection import Inspection
 from ddb.log import Log, LogWriter
 from ddb.loop import Loop
 from ddb.reactor import Reactor
@@ -75,6 +78,9 @@ class World(Protocol):
     def background(self) -> Background:
         """Somebody for what takes long, who lets the loop go first."""
 
+    def inspect(self, path: Path, size_bytes: int) -> Inspection:
+        """Somebody to verify the snapshot of so many bytes that is arriving at `path`."""
+
 
 class OsWorld:
     """The real one: sockets, threads, the operating system's clocks and files."""
@@ -113,6 +119,10 @@ class OsWorld:
     def background(self) -> Worker:
         """See World."""
         return Worker(self.loop.post, self._turns)
+
+    def inspect(self, path: Path, size_bytes: int) -> Inspection:
+        """See World."""
+        return inspection.begin(self.disk, path, size_bytes)
 
 
 class Worker:

@@ -42,13 +42,13 @@ def deliver(target: Arrival, content: bytes, chunk_bytes: int) -> list[int]:
     known = []
     for offset in range(0, len(content), chunk_bytes):
         target.take(content[offset : offset + chunk_bytes], offset)
-        known.append(target._known.count)
+        known.append(target._inspected().known.count)  # type: ignore[attr-defined]
     return known
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrival, "VERIFY_EVERY_BYTES", 1)
+    monkeypatch.setattr(arrival, "LOOK_EVERY_BYTES", 1)
     monkeypatch.setattr(arrival, "SYNC_EVERY_BYTES", 100_000)
 
 

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -956,6 +957,7 @@ def test_what_is_sent_stays_as_it_was_while_checkpoints_go_on_and_then_the_log_i
         checkpoint(target, 1)
         sent = target.source(tmp_path / "copy.db")
         assert sent.still and not (tmp_path / "copy.db").exists()
+        sent = replace(sent, sha256=snapshot.hashed(sent))
         content = sent.read(sent.size_bytes, 0)
         for rev in (2, 3):
             rows = fill(target, 2000, rev)
@@ -1066,7 +1068,29 @@ def test_no_install_while_a_worker_has_the_file_open(path: Path, tmp_path: Path)
         target.abandon_checkpoint(begun)
         with target.working(), pytest.raises(InvariantError, match="worker"):
             target.install(copied.path)
+        verifying = mock.patch.object(target, "_verify", side_effect=lambda **_: target.install(copied.path))
+        with verifying, pytest.raises(InvariantError, match="worker"):
+            target.verify()
         target.install(copied.path)
+
+
+def test_a_file_can_be_sent_while_it_is_being_verified(path: Path, tmp_path: Path) -> None:
+    """The first who wants it may come when a node that was started just now has its million rows to look at."""
+    with Store.open(path) as target:
+        fill(target, 2000)
+        checkpoint(target, 1)
+    sent: list[snapshot.Source] = []
+
+    def send() -> None:
+        if not sent:
+            sent.append(target.source(tmp_path / "copy.db"))
+
+    with Store.open(path, verified_at_open_bytes_max=0) as target, mock.patch.object(target, "go_on", send):
+        assert not target.verified
+        target.verify()
+        assert target.verified and [source.still for source in sent] == [True]
+        assert sent[0].read(sent[0].size_bytes, 0) == path.read_bytes()
+        sent[0].close()
 
 
 def test_a_store_may_be_closed_twice_and_then_says_so(path: Path) -> None:

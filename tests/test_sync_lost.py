@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +16,7 @@ from ddb.messages import Configuration, InstallSnapshot, Member, SnapshotReply
 from ddb.raft import Ready
 from ddb.simdisk import SimDisk
 from ddb.store import Store
-from ddb.sync import FOLLOW_PATIENCE_S, Policy, Sync
+from ddb.sync import FOLLOW_PATIENCE_S, Background, Policy, Sync
 from tests.test_sync import CHUNK_BYTES, HOME, Receiver
 
 Chunk = InstallSnapshot | SnapshotReply
@@ -22,9 +25,9 @@ MEMBERS = (Member("id1", "n1", "10.0.0.1:8050", True), Member("id2", "n2", "10.0
 
 
 class Pair:
-    """A leader with a snapshot of the entry 50, and a follower that has nothing."""
+    """A leader with a snapshot of the entry 50, and a follower that has nothing. The leader's `background` does at once what it is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, background: Background = Receiver.at_once) -> None:
         self.now = 0.0
         self.receiver = Receiver()
         self.receiver.replica.raft.id = "id2"
@@ -49,8 +52,8 @@ class Pair:
         raft.progress = {"id2": mock.Mock(snapshot=True, match=0)}
         bounds = Bounds(snapshot_chunk_bytes=CHUNK_BYTES)
         self.sync = Sync(
-            self.replica, self.store, HOME, Receiver.at_once, mock.Mock(), Policy(entries=100, retain_entries=0), bounds,
-            disk=self.disk,
+            self.replica, self.store, HOME, background, mock.Mock(), Policy(entries=100, retain_entries=0), bounds,
+            disk=self.disk, leisure=Receiver.at_once,
         )  # fmt: skip
 
     def said(self, replica: mock.MagicMock) -> list[Chunk]:
@@ -138,3 +141,90 @@ def test_the_log_is_kept_for_a_while_for_who_catches_up_behind_a_snapshot() -> N
     pair.sync.tick(pair.now + FOLLOW_PATIENCE_S)
     pair.replica.raft.compact.assert_called_with(150)
     pair.close()
+
+
+@pytest.fixture
+def receives() -> Iterator[Receiver]:
+    one = Receiver()
+    yield one
+    one.close()
+
+
+class Later:
+    """A background that does its work when it is told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+
+    def run(self, work: Callable[[], Any], done: Callable[[Any, Exception | None], None]) -> None:
+        self.waiting.append((work, done))
+
+    def go(self) -> None:
+        Receiver.at_once(*self.waiting.pop(0))
+
+
+def sending() -> tuple[Pair, Later]:
+    """A leader that has begun to send: all chunks but the last one, for its worker has still to hash the file."""
+    later = Later()
+    pair = Pair(later.run)
+    pair.sync.work(Ready(needs_snapshot=["id2"]), 0.0)
+    later.go()
+    return pair, later
+
+
+def test_all_but_the_last_chunk_are_sent_before_the_hash_is_known() -> None:
+    pair, later = sending()
+    pair.run(random.Random(1), 0.3)
+    received = pair.receiver.sync._receiving
+    assert received is not None and not received.complete
+    size = received.file.size_bytes
+    assert size - CHUNK_BYTES <= received.file.written < size and received.file.sha256 == ""
+    pair.now = 0.0
+    later.go()
+    pair.run(random.Random(2), 0.3)
+    assert pair.receiver.store.meta == pair.store.meta
+    pair.replica.raft.snapshot_failed.assert_not_called()
+    pair.close()
+    assert not pair.disk.handles and pair.disk.list(HOME) == ["state.db"]
+
+
+def test_a_file_that_is_dropped_while_it_is_hashed_is_closed_then() -> None:
+    pair, later = sending()
+    pair.sync.work(Ready(), 0.0)
+    assert pair.said(pair.replica) and pair.store.held
+    pair.sync.disconnected("id2")
+    pair.replica.raft.snapshot_failed.assert_called_once_with("id2")
+    assert pair.store.held, "the worker reads it"
+    later.go()
+    assert not pair.store.held and not later.waiting
+    pair.run(random.Random(1), 0.0)
+    later.go()
+    later.go()
+    pair.now = 0.0
+    pair.run(random.Random(1), 0.0)
+    assert pair.receiver.store.meta == pair.store.meta, "and it can be sent again"
+    pair.close()
+
+
+def test_a_file_that_can_not_be_read_is_not_sent_any_further(caplog: pytest.LogCaptureFixture) -> None:
+    pair, later = sending()
+    pair.sync.work(Ready(), 0.0)
+    _, done = later.waiting.pop()
+    done(None, OSError("the disk failed"))
+    pair.replica.raft.snapshot_failed.assert_called_once_with("id2")
+    assert "could not be read: the disk failed" in caplog.text
+    assert not pair.store.held and pair.sync._copy is None
+    pair.close()
+
+
+def test_a_chunk_of_another_file_begins_anew(receives: Receiver) -> None:
+    chunk = InstallSnapshot("id1", "id2", 3, 50, 3, 0, 9000, "", b"x" * CHUNK_BYTES)
+    receives.sync.work(Ready(chunks=[chunk]), 0.0)
+    first = receives.sync._receiving
+    for same in (replace(chunk, offset=CHUNK_BYTES, sha256="a"), replace(chunk, offset=2 * CHUNK_BYTES - 1)):
+        receives.sync.work(Ready(chunks=[same]), 0.0)
+        assert receives.sync._receiving is first and first is not None and first.file.sha256 == "a"
+    for other in (replace(chunk, sha256="b"), replace(chunk, size=9001), replace(chunk, index=51)):
+        before = receives.sync._receiving
+        receives.sync.work(Ready(chunks=[other]), 0.0)
+        assert receives.sync._receiving is not before
