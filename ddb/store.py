@@ -69,6 +69,7 @@ SLICE_KEYS: Final = 1000  # handled without a pause: some 0.3 ms
 OVERSAMPLING: Final = 8
 WRITER_CACHE_KIB: Final = 16 << 10
 READER_CACHE_KIB: Final = 8 << 10  # the inner pages of some two million rows; with 2 MiB, a look-up took twice the time
+HELD_PAUSE_S: Final = 0.05
 HISTORY_PAGE_ROWS: Final = 200
 HISTORY_PAGE_BYTES: Final = 1 << 20
 
@@ -363,7 +364,8 @@ class Store:
             self._working.release()
 
     def verify(self) -> Meta:
-        """Read the whole file and compare every checksum; for a worker thread, on which it pauses often.
+        """Read the whole file and compare every checksum; for a worker thread, on which it pauses often, and as long as the file is
+        being sent and no checkpoint waits.
 
         Returns the state that was verified. Raises CorruptStore, naming the first bad key.
         """
@@ -486,6 +488,11 @@ class Store:
             for keys in snapshot.verify(connection, self.path, gently=gently):
                 found.add(keys)
                 self.go_on()
+                while (
+                    gently and self.held and not self.checkpointing
+                ):  # a member waits for what is sent, nobody for this
+                    time.sleep(HELD_PAUSE_S)
+                    self.go_on()
         self._filter = found
         return meta
 

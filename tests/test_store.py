@@ -1074,23 +1074,33 @@ def test_no_install_while_a_worker_has_the_file_open(path: Path, tmp_path: Path)
         target.install(copied.path)
 
 
-def test_a_file_can_be_sent_while_it_is_being_verified(path: Path, tmp_path: Path) -> None:
+def test_a_file_can_be_sent_while_it_is_being_verified_which_then_waits(path: Path, tmp_path: Path) -> None:
     """The first who wants it may come when a node that was started just now has its million rows to look at."""
     with Store.open(path) as target:
-        fill(target, 2000)
+        fill(target, 5000)
         checkpoint(target, 1)
+    target = Store.open(path, verified_at_open_bytes_max=0)
+    held: list[bool] = []
     sent: list[snapshot.Source] = []
 
-    def send() -> None:
-        if not sent:
+    def go_on() -> None:
+        """Called after some rows, and as long as it waits."""
+        held.append(target.held)
+        if len(held) == 2:
             sent.append(target.source(tmp_path / "copy.db"))
+        elif len(held) == 5:
+            assert sent[0].still and sent[0].read(sent[0].size_bytes, 0) == path.read_bytes()
+            sent[0].close()
+        elif len(held) == 7:
+            sent.append(target.source(tmp_path / "copy.db"))
+            target.begin_checkpoint(2, 1, None)
 
-    with Store.open(path, verified_at_open_bytes_max=0) as target, mock.patch.object(target, "go_on", send):
-        assert not target.verified
+    with mock.patch.object(target, "go_on", go_on):
         target.verify()
-        assert target.verified and [source.still for source in sent] == [True]
-        assert sent[0].read(sent[0].size_bytes, 0) == path.read_bytes()
-        sent[0].close()
+    assert target.verified
+    assert held == [False] * 2 + [True] * 3 + [False] * 2 + [True] * 6, "with a checkpoint to come, it does not wait"
+    sent[1].close()
+    target.close()
 
 
 def test_a_store_may_be_closed_twice_and_then_says_so(path: Path) -> None:
