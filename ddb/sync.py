@@ -221,7 +221,8 @@ class Sync:
 
     def _tend_sendings(self, now: float) -> None:
         """Send again what was lost, and give up where that is of no use."""
-        for peer in [p for p, sending in self._sendings.items() if now >= sending.deadline]:
+        unhashed = self._copy is not None and not self._copy.sha256  # then they may be waiting for this node
+        for peer in [p for p, sending in self._sendings.items() if now >= sending.deadline and not unhashed]:
             self._give_up(peer, "it has not answered")
         for peer, sending in self._sendings.items():
             if now >= sending.resend_at:
@@ -398,6 +399,7 @@ class Sync:
         else:
             self._copy = replace(copy, sha256=sha256)
             for peer in sorted(self._sendings):
+                self._sendings[peer].deadline = self._now + SEND_PATIENCE_S
                 self._send_chunks(peer)
 
     def _spare_file(self) -> None:

@@ -188,6 +188,20 @@ def test_all_but_the_last_chunk_are_sent_before_the_hash_is_known() -> None:
     assert not pair.disk.handles and pair.disk.list(HOME) == ["state.db"]
 
 
+def test_who_waits_for_the_hash_of_a_very_large_file_is_not_given_up() -> None:
+    pair, later = sending()
+    pair.run(random.Random(1), 0.0)
+    for now in (100.0, 200.0):
+        pair.sync.tick(now)
+    later.go()
+    pair.sync.tick(200.1)
+    pair.replica.raft.snapshot_failed.assert_not_called()
+    pair.now = 0.0
+    pair.run(random.Random(1), 0.0)
+    assert pair.receiver.store.meta == pair.store.meta
+    pair.close()
+
+
 def test_a_file_that_is_dropped_while_it_is_hashed_is_closed_then() -> None:
     pair, later = sending()
     pair.sync.work(Ready(), 0.0)
