@@ -8,12 +8,12 @@ Laws:
 * It opens with plain `sqlite3`, and says what it holds in words and JSON.
 
 Theory. Four tables. `kv` has a row for each key (kv.py says what a row is), `ledger` a row for each record of sessions
-and leases (ledger.py), `history` one for each change of late (annals.py). `meta` says in a few named texts which
+and leases (ledger.py), `history` the changes of late, some hundred in a row (annals.py). `meta` says in a few named texts which
 state this is: `applied` and `term`, the last log entry in it; `configuration`, the members as of then; `count`
 of the keys and `digest` of rows and records; `history`, what is kept of it; and `crc` over these texts. SQLite commits all in one transaction, so that the
 rows and the index they belong to can't part.
 
-A file of format 1, which had neither ledger nor history, is brought to the present format when it is opened, in one transaction too.
+A file of an older format is brought to the present one when it is opened, in one transaction too (migration.py).
 
 SQLite does not notice bit rot: of single flipped bits, most pass `integrity_check` and change what is read. So each
 row carries a checksum, which reads compare (a row that is there is right), and `verify` walks all of them
@@ -38,7 +38,7 @@ from typing import Any, Final
 from zlib import crc32
 
 from ddb import annals
-from ddb.annals import HISTORY, Kept
+from ddb.annals import HISTORY, Chapter, Kept
 from ddb.disk import Disk, fsync_directory, remove_if_there, touch, write_all
 from ddb.errors import CorruptStore, ReadOnly, StartupError
 from ddb.kv import DIGEST_MASK, Row, checksum
@@ -48,14 +48,18 @@ from ddb.wire import decode_trusted, encode
 
 logger = logging.getLogger(__name__)
 
-FORMAT: Final = "2"
-FORMATS_READ: Final = ("1", "2")
+FORMAT: Final = "3"
+FORMATS_READ: Final = ("1", "2", "3")
 KV: Final = (
     "CREATE TABLE kv (key TEXT PRIMARY KEY, value TEXT, rev INT, created INT, version INT, crc INT) WITHOUT ROWID"
 )
 META: Final = "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID"
 LEDGER: Final = "CREATE TABLE ledger (name TEXT PRIMARY KEY, value TEXT, crc INT) WITHOUT ROWID"
-TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER, HISTORY}}
+HISTORY_2: Final = (
+    "CREATE TABLE history (rev INT, n INT, key TEXT, value TEXT, created INT, version INT, client INT, term INT, at INT, "
+    "crc INT, PRIMARY KEY (rev, n)) WITHOUT ROWID"
+)
+TABLES: Final = {"1": {KV, META}, "2": {KV, META, LEDGER, HISTORY_2}, "3": {KV, META, LEDGER, HISTORY}}
 SELECT_CHECKED: Final = (  # what kv.checksum is of
     "SELECT key, CAST(key || char(10) || value || char(10) || rev || ' ' || created || ' ' || version AS BLOB), crc FROM kv WHERE key > ? ORDER BY key"
 )
@@ -237,7 +241,7 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> Meta:
         raise corrupt(path, "the checksum of its table meta is wrong")
     if texts.get("format") not in FORMATS_READ:
         raise StartupError(
-            f"The snapshot {path} has format {texts.get('format')}, this version reads {' and '.join(FORMATS_READ)}."
+            f"The snapshot {path} has format {texts.get('format')}, this version reads {', '.join(FORMATS_READ[:-1])} and {FORMAT}."
         )
     configuration = decode_trusted(texts["configuration"].encode())
     return Meta(
@@ -262,26 +266,6 @@ def check_schema(connection: sqlite3.Connection, path: Path) -> None:
     (encoding,) = connection.execute("PRAGMA encoding").fetchone()
     if META not in schema or schema != TABLES[read_meta(connection, path).format] or encoding != "UTF-8":
         raise corrupt(path, "its tables are not those of a ddb snapshot")
-
-
-def migrate(connection: sqlite3.Connection, path: Path) -> None:
-    """Bring a database of an older format to the present one: wholly or, after a crash, not at all.
-
-    Raises CorruptStore, StartupError or sqlite3.Error.
-    """
-    meta = read_meta(connection, path)
-    if meta.format == FORMAT:
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        connection.execute(LEDGER)
-        connection.execute(HISTORY)
-        write_meta(connection, meta)
-        connection.execute("COMMIT")
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-    logger.info("%s is of format %s now; it was of %s", path, FORMAT, meta.format)
 
 
 # -------------------------------------------------------------------- rows
@@ -344,33 +328,27 @@ def select_records(connection: sqlite3.Connection, path: Path) -> Iterator[tuple
             yield name, value
 
 
-def select_history(
-    connection: sqlite3.Connection,
-    path: Path,
-    after: tuple[int, int],
-    upto: tuple[int, int],
-    start: str = "",
-    end: str | None = None,
-    reverse: bool = False,
-) -> Iterator[annals.Fields]:
-    """The rows of the table `history` (annals.select), each one checked. Raises CorruptStore at the first that is wrong."""
-    last: annals.Fields | None = None
+def select_chapter(
+    connection: sqlite3.Connection, path: Path, after: int, upto: int, *, reverse: bool = False
+) -> Chapter | None:
+    """A row of the table `history` (annals.chapter), checked. Raises CorruptStore where it is wrong."""
     with errors(path):
-        for fields in annals.select(connection, after, upto, start, end, reverse):
-            if not annals.sound(fields) or (last is not None and (last[:2] >= fields[:2]) is not reverse):
-                raise corrupt(path, f"the change {fields[1]} of revision {fields[0]} is not what was written")
-            last = fields
-            yield fields
+        found = annals.chapter(connection, after, upto, reverse=reverse)
+    if found is not None and not found.sound:
+        raise corrupt(path, f"what it tells of the revisions {found.first} to {found.last} is not what was written")
+    return found
 
 
 def _verify_history(connection: sqlite3.Connection, path: Path, meta: Meta, *, gently: bool) -> None:
     count = total = 0
-    for fields in select_history(connection, path, (-1, 0), (1 << 62, 0)):
-        if not meta.kept.floor < fields[0] <= meta.applied:
-            raise corrupt(path, f"revision {fields[0]} has no place in its history")
-        count += 1
-        total += fields[-1]
-        if gently and count % PAUSE_EVERY_ROWS == 0:
+    last = -1
+    while (chapter := select_chapter(connection, path, last, 1 << 62)) is not None:
+        if not last < chapter.first <= chapter.last or not meta.kept.floor < chapter.last <= meta.applied:
+            raise corrupt(path, f"revision {chapter.first} has no place in its history")
+        last = chapter.last
+        count += chapter.change_count
+        total += chapter.crc
+        if gently:
             time.sleep(PAUSE_S)
     if (count, total) != (meta.kept.count, meta.kept.sum):
         raise corrupt(path, f"its history holds {count} sound changes, but not the {meta.kept.count} that were written")
@@ -396,6 +374,7 @@ def verify(
             if meta.format != "1":
                 for name, value in select_records(connection, path):
                     records += record_checksum(name, value) ** 2
+            if meta.format == FORMAT:
                 _verify_history(connection, path, meta, gently=gently)
             before = known()
             digest, count = before.digest + records, before.count

@@ -54,6 +54,7 @@ from ddb.kv import Row
 from ddb.layers import UNKNOWN, Cache, KeyFilter, Layer, Rows, merged
 from ddb.ledger import Ledger, Records
 from ddb.messages import Configuration
+from ddb.migration import migrate
 from ddb.snapshot import Meta, Source, corrupt, errors, translated
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,6 @@ OVERSAMPLING: Final = 8
 WRITER_CACHE_KIB: Final = 16 << 10
 READER_CACHE_KIB: Final = 8 << 10  # the inner pages of some two million rows; with 2 MiB, a look-up took twice the time
 HELD_PAUSE_S: Final = 0.05
-HISTORY_PAGE_ROWS: Final = 200
-HISTORY_PAGE_BYTES: Final = 1 << 20
 
 _ONE_ROW = "(?, CAST(? AS TEXT), ?, ?, ?, ?)"
 INSERT_ONE: Final = f"INSERT OR REPLACE INTO kv VALUES {_ONE_ROW}"
@@ -236,37 +235,27 @@ class Store:
     def history(
         self, after: int, upto: int, start: str = "", end: str | None = None, reverse: bool = False
     ) -> Iterator[Record]:
-        """See chronicle.Past. What is read in one go is at most some rows, or one large one."""
-        low, high = (after + 1, -1), (upto + 1, 0)
-        while True:
-            some = self._history_page(after, low, high, start, end, reverse)
-            yield from map(annals.record, some)
-            if not some:
-                return
-            place = (some[-1][0], some[-1][1])
-            low, high = (low, place) if reverse else (place, high)
+        """See chronicle.Past. What is read in one go is at most a chapter."""
+        low, high = after, upto
+        while (chapter := self._chapter(after, low, high, reverse)) is not None:
+            records = chapter.records(start, end)
+            for record in reversed(list(records)) if reverse else records:
+                if after < record[0] <= upto:
+                    yield record
+            low, high = (low, chapter.first - 1) if reverse else (chapter.last, high)
 
-    def _history_page(
-        self, after: int, low: tuple[int, int], high: tuple[int, int], start: str, end: str | None, reverse: bool
-    ) -> list[annals.Fields]:
-        """Some rows from one transaction, which has all of them: a worker may be about to drop the oldest."""
+    def _chapter(self, after: int, low: int, high: int, reverse: bool) -> annals.Chapter | None:
+        """The chapter to go on with, if the file still has all behind `after`: a worker may have dropped the oldest."""
         connection = self._connection
-        some: list[annals.Fields] = []
-        size = 0
         with errors(self.path):
             connection.execute("BEGIN")
             try:
                 floor = snapshot.read_meta(connection, self.path).kept.floor
                 if after < floor:
                     raise Compacted(f"What was before revision {floor + 1} is not kept any more.", oldest=floor + 1)
-                for fields in snapshot.select_history(connection, self.path, low, high, start, end, reverse):
-                    some.append(fields)
-                    size += 0 if fields[3] is None else len(fields[3])
-                    if len(some) >= HISTORY_PAGE_ROWS or size >= HISTORY_PAGE_BYTES:
-                        break
+                return snapshot.select_chapter(connection, self.path, low, high, reverse=reverse)
             finally:
                 connection.execute("ROLLBACK")
-        return some
 
     # --------------------------------------------------------- checkpoints
 
@@ -420,7 +409,7 @@ class Store:
                 snapshot.check_schema(self._reader, self.path)
                 self._reader.execute("PRAGMA journal_mode=WAL")
                 self._reader.execute(f"PRAGMA cache_size=-{READER_CACHE_KIB}")
-                snapshot.migrate(self._reader, self.path)
+                migrate(self._reader, self.path)
                 self.meta = snapshot.read_meta(self._reader, self.path)
                 self.ledger = Ledger(dict(snapshot.select_records(self._reader, self.path)))
                 (some,) = self._reader.execute("SELECT EXISTS (SELECT 1 FROM kv)").fetchone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddb import annals, commands, past, snapshot, store, wire
+from ddb import annals, commands, past, snapshot, wire
 from ddb.chronicle import CHANGE_BYTES, Chronicle, Record, Retention
 from ddb.codec import encode_batch
 from ddb.errors import BadRequest, Compacted, CorruptStore, TooLarge
@@ -136,9 +137,7 @@ class StoredBook(Book):
 
 @pytest.fixture
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "HISTORY_PAGE_ROWS", 3)
-    monkeypatch.setattr(annals, "ROWS_A_STATEMENT", 3)
-    monkeypatch.setattr(annals, "INSERT_MANY", annals._INSERT + ", ".join([annals._ONE] * 3))
+    monkeypatch.setattr(annals, "CHAPTER_BYTES", 30)  # three small changes
     monkeypatch.setattr(annals, "PAUSE_S", 0)
     monkeypatch.setattr(snapshot, "SYNCHRONOUS", "OFF")
 
@@ -347,7 +346,7 @@ def test_at_least_the_last_entries_are_kept_through_checkpoints_and_restarts(sto
         assert stored.chronicle.floor <= max(0, stored.machine.applied - 10)
         stored.check()
     stored.checkpoint()
-    assert stored.table.meta.kept.count == 10 and stored.chronicle.floor == 190
+    assert 10 <= stored.table.meta.kept.count <= 12 and stored.chronicle.floor == 190
 
 
 def test_a_revision_is_never_split_between_file_and_memory(stored: StoredBook) -> None:
@@ -372,7 +371,7 @@ def test_what_the_file_keeps_is_bounded_by_bytes(tmp_path: Path) -> None:
         book.check()
     book.table.close()
     with closing(sqlite3.connect(tmp_path / "store.db")) as connection:
-        (size,) = connection.execute(f"SELECT sum({annals.SIZE}) FROM history").fetchone()
+        (size,) = connection.execute("SELECT sum(length(CAST(changes AS BLOB))) FROM history").fetchone()
     assert 7_000 < size <= 10_000
 
 
@@ -401,7 +400,7 @@ def test_who_reads_while_a_checkpoint_drops_the_oldest_is_told(stored: StoredBoo
     records = stored.chronicle.records(0)
     assert next(records)[0] == 1
     begun.write()  # a worker has; the loop does not know yet
-    assert [next(records)[0] for _ in range(2)] == [2, 3], "one page was read in one go"
+    assert [next(records)[0] for _ in range(2)] == [2, 3], "one chapter was read in one go"
     with pytest.raises(Compacted) as caught:
         next(records)
     assert caught.value.fields == {"oldest": 11}
@@ -450,11 +449,18 @@ def _written(checkpoint: Checkpoint) -> Checkpoint:
 @pytest.mark.parametrize(
     ("statement", "part"),
     [
-        ("UPDATE history SET value = '9' WHERE rev = 3", "change 0 of revision 3 is not what was written"),
-        ("UPDATE history SET client = 9 WHERE rev = 3", "change 0 of revision 3 is not what was written"),
-        ("UPDATE history SET at = 'x' WHERE rev = 3", "change 0 of revision 3 is not what was written"),
-        ("UPDATE history SET value = NULL WHERE rev = 3", "change 0 of revision 3 is not what was written"),
-        ("DELETE FROM history WHERE rev = 3", "holds 4 sound changes, but not the 5"),
+        (
+            "UPDATE history SET changes = replace(changes, 'a', 'b') WHERE last = 3",
+            "revisions 1 to 3 is not what was written",
+        ),
+        ("UPDATE history SET changes = NULL WHERE last = 3", "revisions 1 to 3 is not what was written"),
+        ("UPDATE history SET changes = '' WHERE last = 3", "revisions 1 to 3 is not what was written"),
+        ("UPDATE history SET first = 0 WHERE last = 3", "revisions 0 to 3 is not what was written"),
+        ("UPDATE history SET first = 1.5 WHERE last = 3", "revisions 1.5 to 3 is not what was written"),
+        ("UPDATE history SET last = 2 WHERE last = 3", "revisions 1 to 2 is not what was written"),
+        ("UPDATE history SET change_count = 9 WHERE last = 3", "revisions 1 to 3 is not what was written"),
+        ("UPDATE history SET size_bytes = 'x' WHERE last = 3", "revisions 1 to 3 is not what was written"),
+        ("DELETE FROM history WHERE last = 3", "holds 2 sound changes, but not the 5"),
         ("DELETE FROM history", "holds 0 sound changes, but not the 5"),
     ],
 )
@@ -480,13 +486,13 @@ def test_damage_met_by_a_reader_ends_what_the_file_has_to_tell_and_nothing_else(
     stored.restart()
     stored.apply(put("b", "new"))
     with closing(sqlite3.connect(stored.path)) as connection:
-        connection.execute("UPDATE history SET value = '9' WHERE rev = 5")
+        connection.execute("UPDATE history SET changes = replace(changes, 'a', 'b') WHERE last = 6")
         connection.commit()
     told: list[Record] = []
     with pytest.raises(Compacted) as caught:
         told.extend(stored.chronicle.records(0))
     assert caught.value.fields == {"oldest": 9}
-    assert [record[0] for record in told] == [1, 2, 3], "whole pages that are sound"
+    assert [record[0] for record in told] == [1, 2, 3], "whole chapters that are sound"
     assert [c["value"] for c in stored.ask(op="history")["changes"]] == ["new"]
     assert stored.table.row("a") is not None
     stored.checkpoint()  # the damaged part goes
@@ -498,10 +504,136 @@ def test_plain_sqlite_shows_who_wrote_what(stored: StoredBook) -> None:
     stored.apply(both(put("a", {"b": 1}), delete("a")))
     stored.checkpoint()
     with closing(sqlite3.connect(stored.path)) as connection:
-        rows = connection.execute(
-            "SELECT rev, n, key, value, created, version, client, term, at FROM history"
-        ).fetchall()
-    assert rows == [(1, 0, "a", '{"b":1}', 1, 1, 0, 1, 1001), (1, 1, "a", None, 0, 0, 0, 1, 1001)]
+        rows = connection.execute("SELECT last, first, change_count, size_bytes, changes FROM history").fetchall()
+    changes = '@1 1001\n1 1 1 0 "a"\t{"b":1}\n1 0 "a"'
+    assert rows == [(1, 1, 2, len(changes), changes)]
+
+
+@pytest.mark.parametrize("revisions", [(3, 6), (6, 7), (5, 5)], ids=["overlaps", "behind the state", "twice"])
+def test_a_sound_chapter_in_a_place_that_is_not_its_own_is_refused(
+    stored: StoredBook, revisions: tuple[int, int]
+) -> None:
+    for i in range(5):
+        stored.apply(put("a", i))
+    stored.checkpoint()
+    stored.table.close()
+    first, last = revisions
+    line = b'%d 1 1 0 "a"\t0'
+    forged = annals._chapter(first, last, 2, [b"@1 1001", line % first, line % last])
+    with closing(sqlite3.connect(stored.path)) as connection:
+        connection.execute(annals.INSERT, forged)
+        connection.commit()
+    with pytest.raises(CorruptStore, match=rf"revision {first} has no place|changes, but not the 5"):
+        Store.open(stored.path)
+    stored.path.unlink()
+    stored._open()
+
+
+ODD_KEYS = ["a", "a\n", "ä", "\U0001f600", '"', "\\", "a\tb", "a ", "@", " ", "\x00", "a\x00", "\x7f", "\u2028"]
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_a_key_is_found_again_whatever_it_holds(stored: StoredBook, key: str) -> None:
+    stored.retention = Retention()
+    stored.restart()
+    for other in ODD_KEYS:
+        stored.apply(both(put(other, f'{key} "{other}"'), put("z", [other, "\n\t"])))
+    stored.apply(delete(key))
+    stored.checkpoint()
+    stored.restart()
+    stored.check()
+    assert [c["event"] for c in stored.ask(op="history", key=key)["changes"]] == ["put", "delete"]
+    assert [c["event"] for c in stored.ask(op="history", prefix=key, reverse=True)["changes"] if c["key"] == key] == [
+        "delete", "put",
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------- older formats
+
+
+def make_format_2(book: StoredBook) -> None:
+    """Have the last checkpoint's file say the same as one that a version before would have written; the book is closed."""
+    records = list(book.chronicle.records(book.chronicle.floor))
+    book.table.close()
+    rows: list[tuple[Any, ...]] = []
+    for rev, key, row, client, term, at_ms in records:
+        n = 1 + rows[-1][1] if rows and rows[-1][0] == rev else 0
+        value, _, created, version, crc = row or (None, 0, 0, 0, 0)
+        crc = zlib.crc32(b"\n%d %d %b\n%d %d %d" % (rev, n, key.encode(), client, term, at_ms), crc)
+        rows.append(
+            (rev, n, key, None if value is None else value.decode(), created, version, client, term, at_ms, crc)
+        )
+    with closing(sqlite3.connect(book.path)) as connection:
+        connection.execute("DROP TABLE history")
+        connection.execute(snapshot.HISTORY_2)
+        connection.executemany("INSERT INTO history VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        texts = dict(connection.execute("SELECT name, value FROM meta WHERE name != 'crc'"))
+        kept = annals.Kept(book.chronicle.floor, len(rows), sum(row[-1] for row in rows))
+        texts.update(format="2", history=kept.to_text())
+        texts["crc"] = snapshot._meta_checksum(texts)
+        connection.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", texts.items())
+        connection.commit()
+        connection.execute("PRAGMA journal_mode=DELETE")
+
+
+def fill_for_migration(book: StoredBook) -> None:
+    for i in range(8):
+        book.apply(put("a", i), put(ODD_KEYS[i], {"i": i}), term=1 + i // 3)
+    book.apply(both(put("a", 9), delete("b"), delete("a"), put("ä", None)), term=4)
+    book.checkpoint()
+
+
+def test_a_file_of_format_2_keeps_its_history(stored: StoredBook) -> None:
+    fill_for_migration(stored)
+    make_format_2(stored)
+    stored._open()
+    assert stored.table.meta.format == "3"
+    assert stored.chronicle.floor == 6
+    assert stored.table.meta.kept.count == len([record for record in stored.all if record[0] > 6])
+    stored.check()
+    stored.table.verify()
+    stored.restart()
+    stored.apply(put("b", 1))
+    stored.checkpoint()
+    stored.check()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE history SET value = '9' WHERE rev = 9",
+        "UPDATE history SET key = x'ff' WHERE rev = 9",
+        "UPDATE history SET at = 'x' WHERE rev = 9",
+        "DELETE FROM history WHERE rev = 9",
+        "DELETE FROM history",
+    ],
+)
+def test_a_damaged_history_of_format_2_begins_anew(stored: StoredBook, statement: str) -> None:
+    fill_for_migration(stored)
+    make_format_2(stored)
+    with closing(sqlite3.connect(stored.path)) as connection:
+        connection.execute(statement)
+        connection.commit()
+    stored._open()
+    assert stored.chronicle.floor == stored.machine.applied == 17
+    assert stored.ask(op="history")["changes"] == []
+    stored.apply(put("b", 1))
+    stored.checkpoint()
+    stored.restart()
+    assert [c["rev"] for c in stored.ask(op="history")["changes"]] == [18]
+
+
+def test_a_copy_of_format_2_from_a_leader_of_the_version_before_is_checked_and_installed(
+    stored: StoredBook, tmp_path: Path
+) -> None:
+    fill_for_migration(stored)
+    make_format_2(stored)
+    stored.path.rename(tmp_path / "received.db")
+    stored._open()
+    assert snapshot.check_copy(stored.table.disk, tmp_path / "received.db").format == "2"
+    stored.table.install(tmp_path / "received.db")
+    assert (stored.table.meta.format, stored.table.history_floor, stored.table.history_last) == ("3", 6, 17)
+    assert list(stored.table.history(6, 17)) == [record for record in stored.all if record[0] > 6]
 
 
 # ---------------------------------------------------------------- requests

@@ -192,7 +192,7 @@ def make_format_1(path: Path, keys: int = 20) -> int:
         texts = {name: value for name, value in connection.execute("SELECT * FROM meta") if name in kept}
         texts["format"] = "1"
         texts["crc"] = snapshot._meta_checksum(texts)
-        for table in snapshot.TABLES["2"] - snapshot.TABLES["1"]:
+        for table in snapshot.TABLES["3"] - snapshot.TABLES["1"]:
             connection.execute(f"DROP TABLE {table.split()[2]}")
         connection.execute("DELETE FROM meta")
         connection.executemany("INSERT INTO meta VALUES (?, ?)", texts.items())
@@ -200,14 +200,14 @@ def make_format_1(path: Path, keys: int = 20) -> int:
     return digest
 
 
-def test_a_file_of_format_1_is_brought_to_format_2_when_it_is_opened(path: Path) -> None:
+def test_a_file_of_format_1_is_brought_to_format_3_when_it_is_opened(path: Path) -> None:
     digest = make_format_1(path)
     db = Kept(path)
     assert (db.store.digest, db.store.key_count, db.machine.applied, db.store.meta.term) == (digest, 20, 20, 3)
     client, lease, first = db.fill()
     db.checkpoint()
     db.reopen()
-    assert db.store.meta.format == "2"
+    assert db.store.meta.format == "3"
     assert db.raw("incr", key="n", client=client, seq=1) == first
     assert db.ask("lease_revoke", lease=lease)["deleted"] == 1
     assert db.ask("put", key="k3", value=1)["version"] == 2
@@ -233,7 +233,7 @@ def test_a_copy_of_format_1_from_a_leader_of_the_version_before_is_checked_and_i
     assert (meta.digest, meta.format) == (digest, "1")
     with closing(Store.open(path)) as store:
         store.install(tmp_path / "received.db")
-        assert (store.digest, store.meta.format) == (digest, "2")
+        assert (store.digest, store.meta.format) == (digest, "3")
         store.verify()
 
 

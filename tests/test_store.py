@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ddb import layers, snapshot, store
+from ddb import layers, migration, snapshot, store
 from ddb.disk import Disk, OsDisk
 from ddb.errors import CorruptStore, InvariantError, ReadOnly, StartupError
 from ddb.kv import Machine, MemoryTable, Row, checksum, digest_of
@@ -887,12 +887,13 @@ def test_a_truncated_file_is_refused(path: Path, healthy: tuple[bytes, dict[str,
 
 
 def test_a_file_of_a_later_version_is_refused_kindly(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(snapshot, "FORMAT", "3")
-    monkeypatch.setattr(snapshot, "FORMATS_READ", ("3",))
-    monkeypatch.setattr(snapshot, "TABLES", {"3": snapshot.TABLES["2"]})
+    monkeypatch.setattr(snapshot, "TABLES", {"9": snapshot.TABLES[snapshot.FORMAT]})
+    monkeypatch.setattr(snapshot, "FORMAT", "9")
+    monkeypatch.setattr(migration, "FORMAT", "9")
+    monkeypatch.setattr(snapshot, "FORMATS_READ", ("9",))
     Store.open(path).close()
     monkeypatch.undo()
-    with pytest.raises(StartupError, match="format 3, this version reads 1 and 2"):
+    with pytest.raises(StartupError, match="format 9, this version reads 1, 2 and 3"):
         Store.open(path)
 
 
