@@ -350,8 +350,9 @@ def test_at_least_the_last_entries_are_kept_through_checkpoints_and_restarts(sto
 
 
 def test_a_revision_is_never_split_between_file_and_memory(stored: StoredBook) -> None:
-    stored.apply(both(put("a", 1), put("b", 2), delete("a")))
+    stored.apply(both(put("a", 1), put("b", 2), delete("a"), put("ab", 3), put("ac", 4), delete("ab")))
     stored.checkpoint()
+    stored.check()
     stored.apply(both(put("a", 3), delete("a"), put("a", 4)))
     stored.restart()
     stored.check()

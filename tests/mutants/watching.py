@@ -84,9 +84,9 @@ WATCHING_BUGS: list[Mutant] = [
         claim=PAST + "test_a_gap_makes_the_file_count_no_more",
     ),
     mutant(
-        "a page is read from a file that has just forgotten it",
-        "a worker's checkpoint drops the oldest between two pages, and the reader goes on behind the gap",
-        STORE + "_history_page",
+        "a chapter is read from a file that has just forgotten it",
+        "a worker's checkpoint drops the oldest between two chapters, and the reader goes on behind the gap",
+        STORE + "_chapter",
         "if after < floor:",
         "if False:",
         claim=PAST + "test_who_reads_while_a_checkpoint_drops_the_oldest_is_told",
@@ -101,10 +101,10 @@ WATCHING_BUGS: list[Mutant] = [
     ),
     mutant(
         "changes of one revision overwrite one another on disk",
-        "of an entry with several changes the file keeps the last",
-        "ddb.annals:_rows",
-        "n = n + 1 if rev == last else 0",
-        "n = 0",
+        "of an entry whose changes don't fit into a chapter the file keeps the last ones",
+        "ddb.annals:_chapters",
+        "if size >= bytes_max and rev != last:",
+        "if size >= bytes_max:",
         claim=PAST + "test_a_revision_is_never_split_between_file_and_memory",
     ),
     mutant(
